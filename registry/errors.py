@@ -1,0 +1,291 @@
+"""Every error the registry raises on purpose.
+
+Errors carry fields, not prose: `code` is stable, the instance attributes say what, where, expected and found. The sentence, the hint
+and the exit code or HTTP status are decided at the edge (see `cli/errors.py`).
+
+    RegistryError
+    ├── InvalidInput            the caller's words are wrong
+    │   ├── InvalidReference    not a name, version, alias, step, metric or digest
+    │   ├── InvalidFilter       a --where expression that does not parse
+    │   ├── InvalidRecipe       a merge option that makes no sense
+    │   ├── InvalidSetting      an environment variable or settings file
+    │   └── DirectionUnknown    is lower or higher better for this metric?
+    ├── NotFound                nothing has this name
+    │   ├── PathNotFound
+    │   ├── UnknownAdapter, UnknownCheckpoint, UnknownBase, UnknownMerged, UnknownEnvironment
+    │   └── UnknownMetric
+    ├── Ambiguous               several things have this name
+    ├── Conflict                the registry's state forbids it
+    │   ├── NameTaken
+    │   ├── InUse               aliased, shipped or an input of a merge
+    │   ├── MergeRunning        another process is at it
+    │   └── DatabaseVersion     the database is older or newer than this package
+    ├── UnreadableFile          the bytes are not what they should be
+    │   ├── NotACheckpoint      no known format in this directory
+    │   ├── CorruptFile         truncated, malformed or against the format's rules
+    │   └── UnsafePickle        a pickle that names code
+    ├── Refused                 an incompatible checkpoint; carries the whole report
+    ├── Changed                 bytes differ from what was recorded
+    │   ├── BaseChanged
+    │   └── DamagedBlob
+    ├── NothingMerged           the result would be the base itself
+    └── StorageFailed           the store or disk does not take the bytes
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from registry.manifest import Report
+
+
+class RegistryError(Exception):
+    """Root of the tree; never raised itself."""
+
+    code: ClassVar[str] = "error"
+
+    def __init__(self, **fields: object) -> None:
+        super().__init__(*fields.values())
+        self.fields = fields
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{name}={value!r}" for name, value in self.fields.items())
+        return f"{self.code}({shown})"
+
+
+class InvalidInput(RegistryError):
+    """A value the caller gave is not acceptable. Fields: `field`, `value`, `reason`."""
+
+    code = "invalid_input"
+
+    def __init__(self, field: str, value: object, reason: str) -> None:
+        super().__init__(field=field, value=value, reason=reason)
+        self.field, self.value, self.reason = field, value, reason
+
+
+class InvalidReference(InvalidInput):
+    """A reference that is none of the accepted forms."""
+
+    code = "invalid_reference"
+
+    def __init__(self, value: str, reason: str) -> None:
+        super().__init__("reference", value, reason)
+
+
+class InvalidFilter(InvalidInput):
+    """A filter expression that does not parse. `position` is a 0-based offset into the text, in characters."""
+
+    code = "invalid_filter"
+
+    def __init__(self, value: str, position: int, reason: str) -> None:
+        super().__init__("where", value, reason)
+        self.position = position
+
+
+class InvalidRecipe(InvalidInput):
+    """A recipe option that makes no sense."""
+
+    code = "invalid_recipe"
+
+
+class InvalidSetting(InvalidInput):
+    """A setting that cannot be used."""
+
+    code = "invalid_setting"
+
+
+class DirectionUnknown(InvalidInput):
+    """Nobody has said whether lower or higher is better for this metric."""
+
+    code = "direction_unknown"
+
+    def __init__(self, metric: str) -> None:
+        super().__init__("metric", metric, "is lower or higher better?")
+        self.metric = metric
+
+
+class NotFound(RegistryError):
+    """Nothing goes by this name. Fields: `kind`, `name`, `near` (similar names that do exist)."""
+
+    code = "not_found"
+    kind: ClassVar[str] = "thing"
+
+    def __init__(self, name: str, near: Sequence[str] = ()) -> None:
+        super().__init__(kind=self.kind, name=name, near=tuple(near))
+        self.name, self.near = name, tuple(near)
+
+
+class PathNotFound(NotFound):
+    """No such file or directory."""
+
+    code = "path_not_found"
+    kind = "path"
+
+
+class UnknownAdapter(NotFound):
+    """No adapter of this name."""
+
+    code = "unknown_adapter"
+    kind = "adapter"
+
+
+class UnknownCheckpoint(NotFound):
+    """No checkpoint answers to this reference."""
+
+    code = "unknown_checkpoint"
+    kind = "checkpoint"
+
+
+class UnknownBase(NotFound):
+    """No base model answers to this name, digest or path."""
+
+    code = "unknown_base"
+    kind = "base model"
+
+
+class UnknownMerged(NotFound):
+    """No merged model answers to this reference."""
+
+    code = "unknown_merged"
+    kind = "merged model"
+
+
+class UnknownEnvironment(NotFound):
+    """Nothing was ever shipped to this environment (or nothing to roll back to)."""
+
+    code = "unknown_environment"
+    kind = "environment"
+
+
+class UnknownMetric(NotFound):
+    """No candidate has this metric."""
+
+    code = "unknown_metric"
+    kind = "metric"
+
+
+class Ambiguous(RegistryError):
+    """A digest prefix or a name that fits several things. Fields: `value`, `matches`."""
+
+    code = "ambiguous"
+
+    def __init__(self, value: str, matches: Sequence[str]) -> None:
+        super().__init__(value=value, matches=tuple(matches))
+        self.value, self.matches = value, tuple(matches)
+
+
+class Conflict(RegistryError):
+    """The state of the registry forbids this. Fields: `subject`, `reason`."""
+
+    code = "conflict"
+
+    def __init__(self, subject: str, reason: str) -> None:
+        super().__init__(subject=subject, reason=reason)
+        self.subject, self.reason = subject, reason
+
+
+class NameTaken(Conflict):
+    """The name belongs to something else already."""
+
+    code = "name_taken"
+
+
+class InUse(Conflict):
+    """Something still points at it."""
+
+    code = "in_use"
+
+
+class MergeRunning(Conflict):
+    """Another process is writing this very merge."""
+
+    code = "merge_running"
+
+
+class DatabaseVersion(Conflict):
+    """The database schema and this package do not belong together."""
+
+    code = "database_version"
+
+
+class UnreadableFile(RegistryError):
+    """A file is not what it should be. Fields: `path`, `reason`."""
+
+    code = "unreadable_file"
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path=path, reason=reason)
+        self.path, self.reason = path, reason
+
+
+class NotACheckpoint(UnreadableFile):
+    """No known format in this place."""
+
+    code = "not_a_checkpoint"
+
+
+class CorruptFile(UnreadableFile):
+    """Truncated, malformed, or against the rules of its format."""
+
+    code = "corrupt_file"
+
+
+class UnsafePickle(UnreadableFile):
+    """A pickle that asks for something besides tensors and plain containers."""
+
+    code = "unsafe_pickle"
+
+
+class Refused(RegistryError):
+    """The checkpoint does not fit; `report` holds every finding."""
+
+    code = "refused"
+
+    def __init__(self, report: Report) -> None:
+        super().__init__(report=report)
+        self.report = report
+
+
+class Changed(RegistryError):
+    """Bytes are not those that were recorded. Fields: `subject`, `expected`, `found`."""
+
+    code = "changed"
+
+    def __init__(self, subject: str, expected: str, found: str) -> None:
+        super().__init__(subject=subject, expected=expected, found=found)
+        self.subject, self.expected, self.found = subject, expected, found
+
+
+class BaseChanged(Changed):
+    """A base model is no longer what its fingerprint says."""
+
+    code = "base_changed"
+
+
+class DamagedBlob(Changed):
+    """An object in the store does not hash to its name."""
+
+    code = "damaged_blob"
+
+
+class NothingMerged(RegistryError):
+    """Not one element of the base would change. Fields: `subject`, `largest_delta`."""
+
+    code = "nothing_merged"
+
+    def __init__(self, subject: str, largest_delta: float) -> None:
+        super().__init__(subject=subject, largest_delta=largest_delta)
+        self.subject, self.largest_delta = subject, largest_delta
+
+
+class StorageFailed(RegistryError):
+    """The store, disk or file system refused. Fields: `url`, `reason`."""
+
+    code = "storage_failed"
+
+    def __init__(self, url: str, reason: str) -> None:
+        super().__init__(url=url, reason=reason)
+        self.url, self.reason = url, reason

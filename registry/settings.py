@@ -1,0 +1,70 @@
+"""Settings: read once, frozen, passed down. Nothing else looks at the environment."""
+
+from __future__ import annotations
+
+import getpass
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from registry.errors import InvalidSetting
+
+_KEYS = ("database_url", "store", "user")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Where things are and who is asking.
+
+    `home` holds the database, the store, caches and the journals of running merges. `database_url` and `store_url` default to places
+    inside it. `author` signs what is recorded.
+    """
+
+    home: Path
+    database_url: str
+    store_url: str
+    author: str
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Settings:
+        """Read `CKPT_HOME`, `CKPT_DATABASE_URL`, `CKPT_STORE`, `CKPT_USER`; then `config.toml` in the home for what is unset.
+
+        Raises:
+            InvalidSetting: the file is not TOML, or has a key that means nothing.
+        """
+        home = Path(environment.get("CKPT_HOME") or platformdirs.user_data_path("ckpt", appauthor=False)).expanduser().absolute()
+        file = _read_file(home / "config.toml")
+
+        def choose(key: str, default: str) -> str:
+            return environment.get(f"CKPT_{key.upper()}") or file.get(key) or default
+
+        return cls(
+            home=home,
+            database_url=choose("database_url", f"sqlite:///{home / 'ckpt.db'}"),
+            store_url=choose("store", (home / "store").as_uri()),
+            author=choose("user", "") or _login_name(),
+        )
+
+
+def _read_file(path: Path) -> dict[str, str]:
+    try:
+        found: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (ValueError, OSError) as error:
+        raise InvalidSetting("config.toml", str(path), str(error)) from error
+    for key, value in found.items():
+        if key not in _KEYS or not isinstance(value, str):
+            raise InvalidSetting("config.toml", key, f"expected text for one of {', '.join(_KEYS)}")
+    return found
+
+
+def _login_name() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # no entry for this user id, as in many containers
+        return "unknown"
