@@ -36,7 +36,11 @@ class Settings:
         Raises:
             InvalidSetting: the file is not TOML, or has a key that means nothing.
         """
-        home = Path(environment.get("CKPT_HOME") or platformdirs.user_data_path("ckpt", appauthor=False)).expanduser().absolute()
+        home = (
+            Path(environment.get("CKPT_HOME") or platformdirs.user_data_path("ckpt", appauthor=False))
+            .expanduser()
+            .absolute()
+        )
         file = _read_file(home / "config.toml")
 
         def choose(key: str, default: str) -> str:

@@ -206,7 +206,9 @@ def _check_coverage(tensors: Sequence[StoredTensor], start: int, end: int, file:
             raise CorruptFile(file, f"{tensor.spec.name}: a hole or overlap at byte {at}")
         at += tensor.spec.size_bytes
     if at != end:
-        raise CorruptFile(file, f"tensors end at byte {at}, the file at byte {end}: truncated, or with something appended")
+        raise CorruptFile(
+            file, f"tensors end at byte {at}, the file at byte {end}: truncated, or with something appended"
+        )
 
 
 def layout_safetensors(
