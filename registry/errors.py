@@ -29,6 +29,7 @@ and the exit code or HTTP status are decided at the edge (see `cli/errors.py`).
     │   ├── BaseChanged
     │   └── DamagedBlob
     ├── NothingMerged           the result would be the base itself
+    ├── NotFinite               a result overflows, or the base has such a value
     └── StorageFailed           the store or disk does not take the bytes
 """
 
@@ -279,6 +280,16 @@ class NothingMerged(RegistryError):
     def __init__(self, subject: str, largest_delta: float) -> None:
         super().__init__(subject=subject, largest_delta=largest_delta)
         self.subject, self.largest_delta = subject, largest_delta
+
+
+class NotFinite(RegistryError):
+    """A merged value is NaN or infinite: the dtype is too narrow for it, or the base itself has such a value. Fields: `tensor`, `dtype`."""
+
+    code = "not_finite"
+
+    def __init__(self, tensor: str, dtype: str) -> None:
+        super().__init__(tensor=tensor, dtype=dtype)
+        self.tensor, self.dtype = tensor, dtype
 
 
 class StorageFailed(RegistryError):

@@ -1,0 +1,66 @@
+"""Which objects of the store are known, and which of them something still needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import final
+
+from sqlalchemy import Select, delete, exists, select
+from sqlalchemy.orm import Session
+
+from registry.db.tables import BaseBlobRow, BlobRow, CheckpointBlobRow, MergedBlobRow
+from registry.errors import InUse
+from registry.manifest import FileEntry
+from registry.refs import Digest
+
+_NEEDS = (CheckpointBlobRow, BaseBlobRow, MergedBlobRow)
+Need = type[CheckpointBlobRow] | type[BaseBlobRow] | type[MergedBlobRow]
+
+
+@final
+class Blobs:
+    """The blobs of the store, as far as the database knows them."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def add(self, entries: Iterable[FileEntry]) -> None:
+        """Record blobs. Of those known already a missing sha256 is filled in."""
+        wanted = {entry.digest.hex: entry for entry in entries}
+        rows = self._session.scalars(select(BlobRow).where(BlobRow.digest.in_(wanted)))
+        known = {row.digest: row for row in rows}
+        for digest, entry in wanted.items():
+            if digest not in known:
+                self._session.add(BlobRow(digest=digest, sha256=entry.sha256, size_bytes=entry.size_bytes))
+            elif entry.sha256:
+                known[digest].sha256 = entry.sha256
+
+    def require(self, table: Need, owner_id: int, entries: Iterable[FileEntry]) -> None:
+        """Record that a row needs exactly these blobs, and the blobs with it."""
+        entries = list(entries)
+        self.add(entries)
+        self._session.execute(delete(table).where(table.owner_id == owner_id))
+        digests = {entry.digest.hex for entry in entries}
+        ids = self._session.scalars(select(BlobRow.id).where(BlobRow.digest.in_(digests)))
+        self._session.add_all([table(owner_id=owner_id, blob_id=blob_id) for blob_id in ids])
+
+    def unreferenced(self) -> list[Digest]:
+        """The blobs that nothing needs any more."""
+        return [Digest(text) for text in self._session.scalars(_unreferenced().order_by(BlobRow.digest))]
+
+    def forget(self, digests: Iterable[Digest]) -> None:
+        """Delete the rows of blobs, so that their objects may go.
+
+        Raises:
+            InUse: something needs one of them (again).
+        """
+        texts = {digest.hex for digest in digests}
+        free = set(self._session.scalars(_unreferenced().where(BlobRow.digest.in_(texts))))
+        known = set(self._session.scalars(select(BlobRow.digest).where(BlobRow.digest.in_(texts))))
+        if needed := sorted(known - free):
+            raise InUse(", ".join(needed), "something needs these blobs")
+        self._session.execute(delete(BlobRow).where(BlobRow.digest.in_(free)))
+
+
+def _unreferenced() -> Select[str]:
+    return select(BlobRow.digest).where(*(~exists().where(table.blob_id == BlobRow.id) for table in _NEEDS))

@@ -1,0 +1,31 @@
+"""Everything the database can be asked and told, within one transaction.
+
+Takes and returns the frozen values of `registry.manifest`. Authors and times are passed in. Sessions come from `registry.db.schema`; what
+is changed is kept when the caller's transaction ends well.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+from sqlalchemy.orm import Session
+
+from registry.db.audit import Events
+from registry.db.bases import Bases
+from registry.db.blobs import Blobs
+from registry.db.checkpoints import Checkpoints
+from registry.db.merged import MergedModels
+from registry.db.shipments import Shipments
+
+
+@final
+class Catalog:
+    """The catalog, by subject."""
+
+    def __init__(self, session: Session) -> None:
+        self.checkpoints = Checkpoints(session)
+        self.bases = Bases(session)
+        self.merged = MergedModels(session)
+        self.shipments = Shipments(session)
+        self.blobs = Blobs(session)
+        self.events = Events(session)

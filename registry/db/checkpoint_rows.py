@@ -1,0 +1,137 @@
+"""Checkpoints from their rows: a checkpoint's parts lie in six tables."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import cast
+
+from sqlalchemy import ColumnElement, Select, func, select
+from sqlalchemy.orm import Session
+
+from registry.db.documents import manifest_from
+from registry.db.tables import AdapterRow, AliasRow, BaseRow, CheckpointRow, MetricRow, NoteRow, ShipmentRow, TagRow
+from registry.manifest import Checkpoint, Direction, Metric, Note
+from registry.refs import AdapterName, Digest
+
+
+def metric_row(row_id: int, metric: Metric, author: str, at: datetime) -> MetricRow:
+    """A metric of the checkpoint in a row."""
+    return MetricRow(
+        checkpoint_id=row_id,
+        name=metric.name,
+        value=metric.value,
+        step=metric.step,
+        split=metric.split,
+        direction=metric.direction,
+        recorded_at=at,
+        author=author,
+    )
+
+
+def note_row(row_id: int, note: Note) -> NoteRow:
+    """A note on the checkpoint in a row."""
+    return NoteRow(checkpoint_id=row_id, text=note.text, author=note.author, created_at=note.created_at)
+
+
+def load(session: Session, *conditions: ColumnElement[bool]) -> list[Checkpoint]:
+    """The checkpoints that conditions on their and their adapter's row select, by adapter and version: six queries in all."""
+    chosen = select(CheckpointRow.id).join(AdapterRow).where(*conditions)
+    metrics, notes = _metrics(session, chosen), _notes(session, chosen)
+    tags, aliases, environments = _tags(session, chosen), _aliases(session, chosen), _environments(session, chosen)
+    rows = session.execute(
+        select(
+            CheckpointRow, AdapterRow.namespace, AdapterRow.name, BaseRow.weights, BaseRow.name, BaseRow.architecture
+        )
+        .join_from(CheckpointRow, AdapterRow)
+        .join(BaseRow, CheckpointRow.base_id == BaseRow.id)
+        .where(*conditions)
+    )
+    found = [
+        Checkpoint(
+            adapter=AdapterName(namespace, name),
+            version=row.version,
+            digest=Digest(row.digest),
+            manifest=manifest_from(row.manifest),
+            base=Digest(weights),
+            base_name=base_name,
+            architecture=Digest(architecture),
+            arch_version=row.arch_version,
+            run=row.run,
+            step=row.step,
+            source=row.source,
+            created_at=row.created_at,
+            author=row.author,
+            metrics=tuple(metrics[row.id]),
+            notes=tuple(notes[row.id]),
+            tags=dict(tags[row.id]),
+            aliases=tuple(sorted(aliases[row.id])),
+            environments=tuple(sorted(environments[row.id])),
+        )
+        for row, namespace, name, weights, base_name, architecture in rows
+    ]
+    # not ORDER BY: databases differ in how they order text
+    return sorted(found, key=lambda each: (each.adapter.namespace, each.adapter.name, each.version))
+
+
+Chosen = Select[int]
+
+
+def _metrics(session: Session, chosen: Chosen) -> Mapping[int, Sequence[Metric]]:
+    rows = session.execute(
+        select(
+            MetricRow.checkpoint_id,
+            MetricRow.name,
+            MetricRow.value,
+            MetricRow.step,
+            MetricRow.split,
+            MetricRow.direction,
+        )
+        .where(MetricRow.checkpoint_id.in_(chosen))
+        .order_by(MetricRow.id)
+    )
+    found = defaultdict[int, list[Metric]](list)
+    for owner, name, value, step, split, direction in rows:
+        better = cast("Direction | None", direction)
+        found[owner].append(Metric(name=name, value=value, step=step, split=split, direction=better))
+    return found
+
+
+def _notes(session: Session, chosen: Chosen) -> Mapping[int, Sequence[Note]]:
+    found = defaultdict[int, list[Note]](list)
+    for row in session.scalars(select(NoteRow).where(NoteRow.checkpoint_id.in_(chosen)).order_by(NoteRow.id)):
+        found[row.checkpoint_id].append(Note(text=row.text, author=row.author, created_at=row.created_at))
+    return found
+
+
+def _tags(session: Session, chosen: Chosen) -> Mapping[int, Mapping[str, str]]:
+    found = defaultdict[int, dict[str, str]](dict)
+    statement = select(TagRow.checkpoint_id, TagRow.key, TagRow.value).where(TagRow.checkpoint_id.in_(chosen))
+    for owner, key, value in sorted(session.execute(statement)):
+        found[owner][key] = value
+    return found
+
+
+def _aliases(session: Session, chosen: Chosen) -> Mapping[int, Sequence[str]]:
+    found = defaultdict[int, list[str]](list)
+    statement = select(AliasRow.checkpoint_id, AliasRow.name).where(AliasRow.checkpoint_id.in_(chosen))
+    for owner, name in session.execute(statement):
+        found[owner].append(name)
+    return found
+
+
+def _environments(session: Session, chosen: Chosen) -> Mapping[int, Sequence[str]]:
+    last = (
+        select(func.max(ShipmentRow.id))
+        .join_from(ShipmentRow, CheckpointRow)
+        .group_by(ShipmentRow.environment, CheckpointRow.adapter_id)
+        .correlate(None)
+    )
+    found = defaultdict[int, list[str]](list)
+    statement = select(ShipmentRow.checkpoint_id, ShipmentRow.environment).where(
+        ShipmentRow.id.in_(last), ShipmentRow.checkpoint_id.in_(chosen)
+    )
+    for owner, environment in session.execute(statement):
+        found[owner].append(environment)
+    return found

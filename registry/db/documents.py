@@ -1,0 +1,70 @@
+"""The JSON documents inside rows, and back: manifests, recipes, lists of files, the bulk of a base model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from registry.manifest import BaseFile, BaseModel, FileEntry, Format, Manifest, Recipe, RecipeInput, to_json
+from registry.refs import Digest
+from registry.tensors import DType, StoredTensor, TensorSpec
+
+
+def files_from(documents: Sequence[Mapping[str, Any]]) -> tuple[FileEntry, ...]:
+    """The files that `to_json` wrote down."""
+    return tuple(
+        FileEntry(path=d["path"], size_bytes=d["size_bytes"], digest=Digest.parse(d["digest"]), sha256=d["sha256"])
+        for d in documents
+    )
+
+
+def manifest_from(document: Mapping[str, Any]) -> Manifest:
+    """The manifest that `to_json` wrote down."""
+    parsed = {
+        "format": Format(document["format"]),
+        "targets": tuple(document["targets"]),
+        "files": files_from(document["files"]),
+    }
+    return Manifest(**{**document, **parsed})
+
+
+def recipe_from(document: Mapping[str, Any]) -> Recipe:
+    """The recipe that `to_json` wrote down."""
+    parsed = {
+        "base": Digest.parse(document["base"]),
+        "inputs": tuple(
+            RecipeInput(checkpoint=Digest.parse(item["checkpoint"]), weight=item["weight"])
+            for item in document["inputs"]
+        ),
+        "dtype": document["dtype"] and DType(document["dtype"]),
+    }
+    return Recipe(**{**document, **parsed})
+
+
+def base_document(base: BaseModel) -> dict[str, Any]:
+    """The bulky parts of a base model."""
+    return {
+        # Text inside the document: some models' config.json has Infinity, which PostgreSQL's JSON does not take
+        "config": json.dumps(to_json(base.config)),
+        "files": to_json(base.files),
+        "tensors": [[t.spec.name, t.spec.dtype.value, [*t.spec.shape], t.file, t.offset_bytes] for t in base.tensors],
+        "digests": {name: digest.hex for name, digest in base.fingerprint.tensors.items()},
+    }
+
+
+def base_parts_from(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What `base_document` wrote down, as the fields `config`, `files` and `tensors` of a base model."""
+    return {
+        "config": json.loads(document["config"]),
+        "files": tuple(BaseFile(**entry) for entry in document["files"]),
+        "tensors": tuple(
+            StoredTensor(TensorSpec(name, DType(dtype), tuple(shape)), file, offset)
+            for name, dtype, shape, file, offset in document["tensors"]
+        ),
+    }
+
+
+def tensor_digests_from(document: Mapping[str, Any]) -> dict[str, Digest]:
+    """The digest of each tensor of a base model."""
+    return {name: Digest(text) for name, text in document["digests"].items()}

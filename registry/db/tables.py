@@ -1,0 +1,410 @@
+"""The tables, typed. Private to `registry.db`: everybody else sees the values of `registry.manifest`.
+
+Every rule that a database can hold is a named constraint, so that the violation of one can be told from another's. Digests are 64 hex
+digits. Lengths are in characters; they are checked by constraints because SQLite ignores those of column types.
+"""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+from typing import Annotated, Any, final
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    Double,
+    ForeignKey,
+    Index,
+    MetaData,
+    String,
+    TypeDecorator,
+    UniqueConstraint,
+)
+from sqlalchemy.engine import Dialect
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+NAME_LENGTH = 96
+LINE_LENGTH = 400
+URL_LENGTH = 4096
+TEXT_LENGTH = 20_000
+
+
+@final
+class UtcTime(TypeDecorator[datetime]):
+    """An aware time, stored in UTC. Refuses naive ones: nobody could say what they mean."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is not None and value.tzinfo is None:
+            raise ValueError(f"a time without its zone: {value}")
+        return value and value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        # SQLite gives naive times back
+        return value and (value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC))
+
+
+@final
+class Measured(TypeDecorator[float]):
+    """Any float, infinities too. NULL stands for NaN, which SQLite cannot hold."""
+
+    impl = Double
+    cache_ok = True
+
+    def process_bind_param(self, value: float | None, dialect: Dialect) -> float | None:
+        return None if value is None or math.isnan(value) else value
+
+    def process_result_value(self, value: float | None, dialect: Dialect) -> float:
+        return math.nan if value is None else value
+
+
+Id = Annotated[int, mapped_column(primary_key=True)]
+Hex = Annotated[str, mapped_column(String(64))]
+Count = Annotated[int, mapped_column(BigInteger)]
+Time = Annotated[datetime, mapped_column(UtcTime)]
+Document = Annotated[Any, mapped_column(JSON)]
+
+
+def _keep(target: str) -> ForeignKey:
+    """A reference that keeps its target from being deleted."""
+    return ForeignKey(target, ondelete="RESTRICT")
+
+
+def _part_of(target: str) -> ForeignKey:
+    """A reference of a part, deleted together with its whole."""
+    return ForeignKey(target, ondelete="CASCADE")
+
+
+def _at_most(length: int, *columns: str) -> tuple[CheckConstraint, ...]:
+    return tuple(CheckConstraint(f"length({column}) <= {length}", f"{column}_length") for column in columns)
+
+
+def _hex(*columns: str) -> tuple[CheckConstraint, ...]:
+    return tuple(CheckConstraint(f"length({column}) = 64", f"{column}_length") for column in columns)
+
+
+def _not_negative(*columns: str) -> tuple[CheckConstraint, ...]:
+    return tuple(CheckConstraint(f"{column} >= 0", f"{column}_not_negative") for column in columns)
+
+
+class Table(DeclarativeBase):
+    """Root of all tables; holds their metadata."""
+
+    metadata = MetaData(
+        naming_convention={
+            "pk": "pk_%(table_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+        }
+    )
+
+
+@final
+class AdapterRow(Table):
+    """An adapter. `last_version` outlives the checkpoint that had it, so that no version is ever given twice."""
+
+    __tablename__ = "adapters"
+    __table_args__ = (
+        UniqueConstraint("namespace", "name"),
+        *_at_most(NAME_LENGTH, "namespace", "name"),
+        *_not_negative("last_version"),
+    )
+
+    id: Mapped[Id]
+    namespace: Mapped[str]
+    name: Mapped[str]
+    last_version: Mapped[int]
+    created_at: Mapped[Time]
+
+
+@final
+class BaseRow(Table):
+    """A base model. `document` holds the bulky parts: config, files and the table of tensors with their digests."""
+
+    __tablename__ = "bases"
+    __table_args__ = (
+        UniqueConstraint("name"),
+        UniqueConstraint("weights"),
+        CheckConstraint("format IN ('safetensors', 'litgpt')", "format_known"),
+        *_hex("weights", "architecture"),
+        *_at_most(LINE_LENGTH, "name", "arch_version", "author"),
+        *_at_most(URL_LENGTH, "url"),
+        *_not_negative("parameters", "size_bytes"),
+    )
+
+    id: Mapped[Id]
+    name: Mapped[str]
+    url: Mapped[str]
+    in_store: Mapped[bool]
+    format: Mapped[str]
+    weights: Mapped[Hex]
+    architecture: Mapped[Hex]
+    arch_version: Mapped[str]
+    document: Mapped[Document] = mapped_column(deferred=True)
+    parameters: Mapped[Count]
+    size_bytes: Mapped[Count]
+    created_at: Mapped[Time]
+    author: Mapped[str]
+
+
+@final
+class CheckpointRow(Table):
+    """A checkpoint. Its manifest, with the list of files, is a document."""
+
+    __tablename__ = "checkpoints"
+    __table_args__ = (
+        UniqueConstraint("adapter_id", "version"),
+        UniqueConstraint("adapter_id", "digest"),
+        CheckConstraint("version >= 1", "version_from_one"),
+        *_hex("digest"),
+        *_at_most(LINE_LENGTH, "arch_version", "run", "author"),
+        *_at_most(URL_LENGTH, "source"),
+        *_not_negative("step"),
+        Index(None, "digest"),
+        Index(None, "adapter_id", "step"),
+        Index(None, "base_id"),
+    )
+
+    id: Mapped[Id]
+    adapter_id: Mapped[int] = mapped_column(_keep("adapters.id"))
+    version: Mapped[int]
+    digest: Mapped[Hex]
+    base_id: Mapped[int] = mapped_column(_keep("bases.id"))
+    arch_version: Mapped[str]
+    run: Mapped[str]
+    step: Mapped[Count | None]
+    source: Mapped[str]
+    manifest: Mapped[Document]
+    created_at: Mapped[Time]
+    author: Mapped[str]
+
+
+@final
+class MetricRow(Table):
+    """A number measured on a checkpoint. Append-only: of one name the last counts."""
+
+    __tablename__ = "metrics"
+    __table_args__ = (
+        CheckConstraint("direction IN ('lower', 'higher')", "direction_known"),
+        *_at_most(LINE_LENGTH, "name", "split", "author"),
+        *_not_negative("step"),
+        Index(None, "checkpoint_id"),
+    )
+
+    id: Mapped[Id]
+    checkpoint_id: Mapped[int] = mapped_column(_part_of("checkpoints.id"))
+    name: Mapped[str]
+    value: Mapped[float] = mapped_column(Measured, nullable=True)
+    step: Mapped[Count | None]
+    split: Mapped[str]
+    direction: Mapped[str | None]
+    recorded_at: Mapped[Time]
+    author: Mapped[str]
+
+
+@final
+class NoteRow(Table):
+    """A note on a checkpoint. Append-only."""
+
+    __tablename__ = "notes"
+    __table_args__ = (
+        *_at_most(TEXT_LENGTH, "text"),
+        *_at_most(LINE_LENGTH, "author"),
+        Index(None, "checkpoint_id"),
+    )
+
+    id: Mapped[Id]
+    checkpoint_id: Mapped[int] = mapped_column(_part_of("checkpoints.id"))
+    text: Mapped[str]
+    author: Mapped[str]
+    created_at: Mapped[Time]
+
+
+@final
+class TagRow(Table):
+    """A key with a value, on a checkpoint."""
+
+    __tablename__ = "tags"
+    __table_args__ = (
+        UniqueConstraint("checkpoint_id", "key"),
+        *_at_most(NAME_LENGTH, "key"),
+        *_at_most(TEXT_LENGTH, "value"),
+    )
+
+    id: Mapped[Id]
+    checkpoint_id: Mapped[int] = mapped_column(_part_of("checkpoints.id"))
+    key: Mapped[str]
+    value: Mapped[str]
+
+
+@final
+class AliasRow(Table):
+    """A movable pointer to a checkpoint of the same adapter."""
+
+    __tablename__ = "aliases"
+    __table_args__ = (
+        UniqueConstraint("adapter_id", "name"),
+        *_at_most(NAME_LENGTH, "name"),
+        Index(None, "checkpoint_id"),
+    )
+
+    id: Mapped[Id]
+    adapter_id: Mapped[int] = mapped_column(_keep("adapters.id"))
+    name: Mapped[str]
+    checkpoint_id: Mapped[int] = mapped_column(_keep("checkpoints.id"))
+
+
+@final
+class BlobRow(Table):
+    """An object in the store. `sha256` is empty where it was not computed."""
+
+    __tablename__ = "blobs"
+    __table_args__ = (
+        UniqueConstraint("digest"),
+        CheckConstraint("length(sha256) IN (0, 64)", "sha256_length"),
+        *_hex("digest"),
+        *_not_negative("size_bytes"),
+    )
+
+    id: Mapped[Id]
+    digest: Mapped[Hex]
+    sha256: Mapped[Hex]
+    size_bytes: Mapped[Count]
+
+
+@final
+class CheckpointBlobRow(Table):
+    """A blob that a checkpoint needs."""
+
+    __tablename__ = "checkpoint_blobs"
+    __table_args__ = (Index(None, "blob_id"),)
+
+    owner_id: Mapped[int] = mapped_column("checkpoint_id", _part_of("checkpoints.id"), primary_key=True)
+    blob_id: Mapped[int] = mapped_column(_keep("blobs.id"), primary_key=True)
+
+
+@final
+class BaseBlobRow(Table):
+    """A blob that the registry's own copy of a base model needs."""
+
+    __tablename__ = "base_blobs"
+    __table_args__ = (Index(None, "blob_id"),)
+
+    owner_id: Mapped[int] = mapped_column("base_id", _part_of("bases.id"), primary_key=True)
+    blob_id: Mapped[int] = mapped_column(_keep("blobs.id"), primary_key=True)
+
+
+@final
+class MergedRow(Table):
+    """A merged model."""
+
+    __tablename__ = "merged"
+    __table_args__ = (
+        UniqueConstraint("recipe_digest"),
+        *_hex("digest", "recipe_digest"),
+        *_at_most(TEXT_LENGTH, "note"),
+        *_at_most(LINE_LENGTH, "author"),
+        Index(None, "digest"),
+        Index(None, "base_id"),
+    )
+
+    id: Mapped[Id]
+    digest: Mapped[Hex]
+    recipe_digest: Mapped[Hex]
+    recipe: Mapped[Document]
+    base_id: Mapped[int] = mapped_column(_keep("bases.id"))
+    files: Mapped[Document]
+    note: Mapped[str]
+    created_at: Mapped[Time]
+    author: Mapped[str]
+
+
+@final
+class MergedBlobRow(Table):
+    """A blob that a merged model in the store needs."""
+
+    __tablename__ = "merged_blobs"
+    __table_args__ = (Index(None, "blob_id"),)
+
+    owner_id: Mapped[int] = mapped_column("merged_id", _part_of("merged.id"), primary_key=True)
+    blob_id: Mapped[int] = mapped_column(_keep("blobs.id"), primary_key=True)
+
+
+@final
+class MergedInputRow(Table):
+    """A checkpoint that went into a merged model; `position` counts from 0 in the recipe's order."""
+
+    __tablename__ = "merged_inputs"
+    __table_args__ = (*_not_negative("position"), Index(None, "checkpoint_id"))
+
+    merged_id: Mapped[int] = mapped_column(_part_of("merged.id"), primary_key=True)
+    position: Mapped[int] = mapped_column(primary_key=True)
+    checkpoint_id: Mapped[int] = mapped_column(_keep("checkpoints.id"))
+    weight: Mapped[float] = mapped_column(Double)
+
+
+@final
+class MergedLocationRow(Table):
+    """A folder that holds a merged model; empty text is the store."""
+
+    __tablename__ = "merged_locations"
+    __table_args__ = (UniqueConstraint("merged_id", "url"), *_at_most(URL_LENGTH, "url"))
+
+    id: Mapped[Id]
+    merged_id: Mapped[int] = mapped_column(_part_of("merged.id"))
+    url: Mapped[str]
+
+
+@final
+class ShipmentRow(Table):
+    """What went live where. Append-only; the id is the shipment's number."""
+
+    __tablename__ = "shipments"
+    __table_args__ = (
+        *_at_most(NAME_LENGTH, "environment"),
+        *_at_most(TEXT_LENGTH, "note"),
+        *_at_most(LINE_LENGTH, "author"),
+        Index(None, "environment"),
+        Index(None, "checkpoint_id"),
+        Index(None, "merged_id"),
+    )
+
+    id: Mapped[Id]
+    environment: Mapped[str]
+    checkpoint_id: Mapped[int] = mapped_column(_keep("checkpoints.id"))
+    merged_id: Mapped[int | None] = mapped_column(_keep("merged.id"))
+    note: Mapped[str]
+    author: Mapped[str]
+    shipped_at: Mapped[Time]
+    restores: Mapped[int | None] = mapped_column(_keep("shipments.id"))
+
+
+@final
+class EventRow(Table):
+    """One line of the history. Append-only; see `registry.db.audit` for the hashes."""
+
+    __tablename__ = "events"
+    __table_args__ = (
+        UniqueConstraint("previous_hash"),
+        UniqueConstraint("hash"),
+        *_hex("previous_hash", "hash"),
+        *_at_most(NAME_LENGTH, "action"),
+        *_at_most(LINE_LENGTH, "author"),
+        *_at_most(URL_LENGTH, "subject"),
+    )
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    at: Mapped[Time]
+    author: Mapped[str]
+    action: Mapped[str]
+    subject: Mapped[str]
+    detail: Mapped[Document]
+    previous_hash: Mapped[Hex]
+    hash: Mapped[Hex]

@@ -1,0 +1,168 @@
+"""What a folder with a base model in it says: configuration, files, and where every tensor lies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from registry.errors import CorruptFile, NotACheckpoint
+from registry.formats.adapter import read_json, read_yaml
+from registry.locations import Location
+from registry.manifest import BaseFile, BaseFormat
+from registry.tensors import StoredTensor, TensorSpec, read_safetensors_header
+from registry.torchzip import read_torch_zip
+
+INDEX_FILE = "model.safetensors.index.json"
+LITGPT_WEIGHTS = "lit_model.pth"
+HEAD_NAMES = ("lm_head.weight", "embed_out.weight")
+_EMBEDDING_NAMES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+# Files that are weights or training state in some form: a model directory made from the base must not carry them along.
+_NOT_SIDECARS = (
+    ".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".npz",
+    ".lora", ".adapter", ".adapter_v2", ".index.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseHead:
+    """A base model as its headers describe it. `weights_files` are those with tensors; `sidecars` configuration, tokenizer and the like."""
+
+    format: BaseFormat
+    config: Mapping[str, Any]
+    tensors: tuple[StoredTensor, ...]
+    weights_files: tuple[str, ...]
+    sidecars: tuple[str, ...]
+
+    def files(self, location: Location) -> tuple[BaseFile, ...]:
+        """All of them with size and identity."""
+        sizes = location.files()
+        return tuple(
+            BaseFile(path=path, size_bytes=sizes[path], identity=location.identity(path))
+            for path in sorted((*self.weights_files, *self.sidecars))
+        )
+
+
+def read_base(location: Location) -> BaseHead:
+    """Read the headers of a base model.
+
+    Raises:
+        NotACheckpoint: no model in a known format here.
+        CorruptFile: a file is damaged, or the index and the shards disagree.
+    """
+    files = location.files()
+    if LITGPT_WEIGHTS in files and "model_config.yaml" in files:
+        return _read_litgpt(location, files)
+    weights = _safetensors_files(location, files)
+    if not weights:
+        raise NotACheckpoint(location.url, _why_not_a_base(files))
+    if "config.json" not in files:
+        raise NotACheckpoint(location.url, "safetensors files but no config.json beside them")
+    tensors: dict[str, StoredTensor] = {}
+    for path in weights:
+        with location.open(path) as stream:
+            header = read_safetensors_header(stream, path, files[path])
+        for tensor in header.tensors:
+            if tensor.spec.name in tensors:
+                raise CorruptFile(path, f"{tensor.spec.name} is in {tensors[tensor.spec.name].file} too")
+            tensors[tensor.spec.name] = tensor
+    _check_index(location, files, tensors)
+    return BaseHead(
+        format=BaseFormat.SAFETENSORS,
+        config=read_json(location, "config.json"),
+        tensors=tuple(tensors.values()),
+        weights_files=weights,
+        sidecars=_sidecars(files),
+    )
+
+
+def _read_litgpt(location: Location, files: Mapping[str, int]) -> BaseHead:
+    with location.open(LITGPT_WEIGHTS) as stream:
+        archive = read_torch_zip(stream, LITGPT_WEIGHTS, files[LITGPT_WEIGHTS])
+    if any(".lora_" in tensor.spec.name for tensor in archive.tensors):
+        raise NotACheckpoint(location.url, f"{LITGPT_WEIGHTS} holds LoRA factors, not a base model")
+    return BaseHead(
+        format=BaseFormat.LITGPT,
+        config=read_yaml(location, "model_config.yaml"),
+        tensors=archive.tensors,
+        weights_files=(LITGPT_WEIGHTS,),
+        sidecars=_sidecars(files),
+    )
+
+
+def _safetensors_files(location: Location, files: Mapping[str, int]) -> tuple[str, ...]:
+    if INDEX_FILE in files:
+        return tuple(sorted(set(_weight_map(location).values())))
+    if "model.safetensors" in files:
+        return ("model.safetensors",)
+    return tuple(
+        path
+        for path in files
+        if "/" not in path and path.endswith(".safetensors") and not path.startswith(("adapter_", "consolidated"))
+    )
+
+
+def _weight_map(location: Location) -> dict[str, str]:
+    found = read_json(location, INDEX_FILE).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise CorruptFile(INDEX_FILE, "no weight_map in it")
+    for name, file in found.items():
+        if not isinstance(file, str) or "/" in file or "\\" in file or file.startswith("."):
+            raise CorruptFile(INDEX_FILE, f"{name} points outside the folder: {file!r}")
+    missing = set(found.values()) - set(location.files())
+    if missing:
+        raise CorruptFile(INDEX_FILE, f"names {sorted(missing)[0]}, which is not there: an incomplete download?")
+    return found
+
+
+def _check_index(location: Location, files: Mapping[str, int], tensors: Mapping[str, StoredTensor]) -> None:
+    if INDEX_FILE not in files:
+        return
+    for name, file in _weight_map(location).items():
+        if name not in tensors or tensors[name].file != file:
+            raise CorruptFile(INDEX_FILE, f"says that {name} is in {file}, but it is not")
+
+
+def _sidecars(files: Mapping[str, int]) -> tuple[str, ...]:
+    return tuple(
+        path
+        for path in files
+        if "/" not in path and not path.endswith(_NOT_SIDECARS) and not path.startswith(("adapter_", "merge.json"))
+    )
+
+
+def _why_not_a_base(files: Mapping[str, int]) -> str:
+    if not files:
+        return "an empty folder"
+    if any(path.startswith("pytorch_model") for path in files):
+        return (
+            "pickled weights (pytorch_model.bin): save the model again with save_pretrained, which writes safetensors"
+        )
+    if any(path.startswith("adapter_model.") for path in files):
+        return "an adapter, not a base model"
+    return "no *.safetensors with config.json, and no lit_model.pth with model_config.yaml"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embeddings:
+    """The input embedding and the output head of a base model, by tensor name. `tied`: the model uses one matrix for both."""
+
+    input_name: str
+    head_name: str
+    tied: bool
+
+
+def find_embeddings(config: Mapping[str, Any], tensors: Sequence[TensorSpec]) -> Embeddings | None:
+    """Find input embedding and head among a Hugging Face model's tensors; None when there is no single input embedding.
+
+    A head that the files do not have, or that the configuration calls tied, is the input embedding.
+    """
+    names = {spec.name for spec in tensors}
+    inputs = [name for name in names if name.endswith(_EMBEDDING_NAMES)]
+    if len(inputs) != 1:
+        return None
+    heads = [name for name in names if name.split(".", 1)[-1] in HEAD_NAMES or name in HEAD_NAMES]
+    family_head = "embed_out.weight" if inputs[0].endswith("embed_in.weight") else "lm_head.weight"
+    head = heads[0] if len(heads) == 1 else family_head
+    flag = config.get("tie_word_embeddings")
+    return Embeddings(input_name=inputs[0], head_name=head, tied=bool(flag) if flag is not None else head not in names)

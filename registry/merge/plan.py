@@ -1,0 +1,298 @@
+"""The plan of a merge: every output file, its exact size, and for every byte where it comes from. Headers only, no torch.
+
+A weights file is a row of segments without gaps. Nothing is decided while executing: executors of a plan write the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from registry.changes import Change, Resolution
+from registry.errors import InvalidRecipe
+from registry.formats.base_model import INDEX_FILE, LITGPT_WEIGHTS
+from registry.formats.peft import own_files
+from registry.manifest import BaseFormat, BaseModel, Recipe
+from registry.tensors import DType, SafetensorsHeader, StoredTensor, TensorSpec, layout_safetensors
+from registry.torchzip import Descriptor, Directory, Literal, Storage, ZipLayout, layout_torch_zip
+
+BLOCK_BYTES = 4 << 20
+PROVENANCE_FILE = "merge.json"
+# Resident memory of an interpreter with torch loaded, before any tensor: measured with benchmarks/merge.py.
+_RUNTIME_BYTES = 260 << 20
+_BUFFERS_PER_THREAD = 6
+
+_TOKENIZER_FILES = frozenset({
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model",
+})  # fmt: skip
+_CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+_TEMPLATE_FOLDER = "additional_chat_templates/"
+# What an adapter's folder may override besides its tokenizer.
+_FROM_ADAPTER = frozenset(
+    {"generation_config.json", "prompt_style.yaml", "preprocessor_config.json", "processor_config.json"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """The bytes of a base tensor, as they are."""
+
+    tensor: StoredTensor
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes in the output."""
+        return self.tensor.spec.size_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """A tensor of the result that is computed, in blocks of whole rows on a fixed grid."""
+
+    change: Change
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes in the output."""
+        return self.change.target.size_bytes
+
+    @property
+    def row_elements(self) -> int:
+        """Elements of a row: the last dimension of a matrix; 1 for vectors, scalars and tensors without deltas."""
+        shape = self.change.target.shape
+        return shape[1] if self.change.deltas and len(shape) == 2 else 1
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """The grid: first row and one past the last, in order. A block is at most 4 MiB in float32, but one row at least."""
+        rows = self.change.target.elements // self.row_elements if self.row_elements else 0
+        step = max(1, BLOCK_BYTES // (4 * self.row_elements)) if rows else 1
+        for start in range(0, rows, step):
+            yield start, min(start + step, rows)
+
+
+Segment = Literal | Copy | Compute | Descriptor | Directory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputFile:
+    """A weights file of the result. `layout` is set for torch zips, whose checksums follow the data."""
+
+    path: str
+    size_bytes: int
+    segments: tuple[Segment, ...]
+    layout: ZipLayout | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sidecar:
+    """A small file of the result: `data` as given, else copied from the `adapter`'s or the base's folder."""
+
+    path: str
+    data: bytes | None = None
+    from_adapter: bool = False
+
+    @property
+    def origin(self) -> str:
+        """Where it comes from, for people."""
+        return "made" if self.data is not None else "adapter" if self.from_adapter else "base"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything a merge will do. `base` and `recipe` say of what; files are in the order they are written."""
+
+    recipe: Recipe
+    base: BaseModel
+    files: tuple[OutputFile, ...]
+    sidecars: tuple[Sidecar, ...]
+    adapter_bytes: int
+
+    def _total(self, kind: type[Copy] | type[Compute]) -> int:
+        return sum(segment.size_bytes for file in self.files for segment in file.segments if isinstance(segment, kind))
+
+    @property
+    def bytes_copied(self) -> int:
+        """Tensor bytes that are taken over as they are."""
+        return self._total(Copy)
+
+    @property
+    def bytes_computed(self) -> int:
+        """Tensor bytes that are computed."""
+        return self._total(Compute)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all weights files."""
+        return sum(file.size_bytes for file in self.files)
+
+    def peak_bytes(self, threads: int) -> int:
+        """About how much memory executing takes: the runtime, the adapter in float32, and each thread's blocks."""
+        return _RUNTIME_BYTES + 2 * self.adapter_bytes + threads * _BUFFERS_PER_THREAD * BLOCK_BYTES
+
+    @property
+    def computed(self) -> tuple[Change, ...]:
+        """Every change, in the order of the output."""
+        return tuple(s.change for file in self.files for s in file.segments if isinstance(s, Compute))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What a plan is made of. `heads`: of each safetensors file of the base its raw head and parsed header."""
+
+    recipe: Recipe
+    base: BaseModel
+    resolution: Resolution
+    adapter_files: Sequence[str]
+    adapter_bytes: int
+    adapter_tokenizer_config: Mapping[str, Any] = field(default_factory=dict)
+    heads: Mapping[str, tuple[bytes, SafetensorsHeader]] = field(default_factory=dict)
+
+
+def make_plan(inputs: Inputs) -> Plan:
+    """Resolve a recipe against headers.
+
+    Raises:
+        InvalidRecipe: the dtype is not one that weights can have.
+    """
+    dtype = inputs.recipe.dtype
+    if dtype is not None and not dtype.is_mergeable:
+        raise InvalidRecipe("dtype", dtype.long_name, "expected float64, float32, float16 or bfloat16")
+    changes = {change.target.name: change for change in inputs.resolution.changes}
+    placed = _place(inputs.base, changes, dtype)
+    if inputs.base.format is BaseFormat.LITGPT:
+        files = [_litgpt_file(placed[LITGPT_WEIGHTS])]
+    else:
+        files = [_safetensors_file(inputs, path, segments) for path, segments in placed.items()]
+    return Plan(
+        recipe=inputs.recipe,
+        base=inputs.base,
+        files=_named_to_load(files),
+        sidecars=tuple(_sidecars(inputs, _named_to_load(files))),
+        adapter_bytes=inputs.adapter_bytes,
+    )
+
+
+def _place(base: BaseModel, changes: Mapping[str, Change], dtype: DType | None) -> dict[str, list[Copy | Compute]]:
+    """Every tensor of the result in its file: base tensors where they were, new ones after the rest of their sibling's file."""
+    placed: dict[str, list[Copy | Compute]] = {}
+    for tensor in base.tensors:
+        segments = placed.setdefault(tensor.file, [])
+        change = changes.get(tensor.spec.name)
+        if change is None and dtype not in (None, tensor.spec.dtype) and tensor.spec.dtype.is_mergeable:
+            change = Change(target=tensor.spec, source=tensor)
+        segments.append(Copy(tensor) if change is None else Compute(_with_dtype(change, dtype)))
+    known = {tensor.spec.name for tensor in base.tensors}
+    for name, change in changes.items():
+        if name not in known:
+            sibling = change.source.file if change.source else base.tensors[-1].file
+            placed[sibling].append(Compute(_with_dtype(change, dtype)))
+    return placed
+
+
+def _with_dtype(change: Change, dtype: DType | None) -> Change:
+    if dtype is None:
+        return change
+    target = TensorSpec(change.target.name, dtype, change.target.shape)
+    return Change(target=target, source=change.source, replacement=change.replacement, deltas=change.deltas)
+
+
+def _spec(segment: Copy | Compute) -> TensorSpec:
+    return segment.tensor.spec if isinstance(segment, Copy) else segment.change.target
+
+
+def _safetensors_file(inputs: Inputs, path: str, segments: Sequence[Copy | Compute]) -> OutputFile:
+    """A file with the base's own head where nothing in it changes, so that untouched files stay the same to the byte."""
+    raw, header = inputs.heads[path]
+    specs = [_spec(segment) for segment in segments]
+    is_same = specs == [tensor.spec for tensor in header.tensors] and header.metadata.get("format") == "pt"
+    head = raw if is_same else layout_safetensors(specs, {**header.metadata, "format": "pt"}, path)[0]
+    size = len(head) + sum(segment.size_bytes for segment in segments)
+    return OutputFile(path=path, size_bytes=size, segments=(Literal(head), *segments))
+
+
+def _litgpt_file(segments: Sequence[Copy | Compute]) -> OutputFile:
+    by_name = {_spec(segment).name: segment for segment in segments}
+    layout = layout_torch_zip([_spec(segment) for segment in segments], _shared_storage(segments), LITGPT_WEIGHTS)
+    filled = tuple(by_name[piece.name] if isinstance(piece, Storage) else piece for piece in layout.pieces)
+    return OutputFile(path=LITGPT_WEIGHTS, size_bytes=layout.size_bytes, segments=filled, layout=layout)
+
+
+def _shared_storage(segments: Sequence[Copy | Compute]) -> dict[str, str]:
+    """Names whose tensor lies on the bytes of an earlier one (tied embeddings), as long as neither is computed."""
+    first: dict[tuple[int, TensorSpec], str] = {}
+    shared = {}
+    for segment in segments:
+        if isinstance(segment, Copy):
+            spec = segment.tensor.spec
+            key = (segment.tensor.offset_bytes, TensorSpec("", spec.dtype, spec.shape))
+            if spec.elements and first.setdefault(key, spec.name) != spec.name:
+                shared[spec.name] = first[key]
+    return shared
+
+
+def _named_to_load(files: Sequence[OutputFile]) -> tuple[OutputFile, ...]:
+    """A single safetensors file under another name gets the name that libraries look for."""
+    if len(files) != 1 or files[0].layout is not None:
+        return tuple(files)
+    only = files[0]
+    return (OutputFile(path="model.safetensors", size_bytes=only.size_bytes, segments=only.segments),)
+
+
+def _sidecars(inputs: Inputs, files: Sequence[OutputFile]) -> Iterator[Sidecar]:
+    base_files = [
+        file.path for file in inputs.base.files if file.path not in {tensor.file for tensor in inputs.base.tensors}
+    ]
+    own = [path for path in own_files(dict.fromkeys(inputs.adapter_files, 0)) if _may_come_from_adapter(path)]
+    has_tokenizer = bool({"tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model"} & set(own))
+    has_template = "chat_template" in inputs.adapter_tokenizer_config or bool(set(_CHAT_TEMPLATES) & set(own))
+    for path in own:
+        yield Sidecar(path=path, from_adapter=True)
+    for path in base_files:
+        replaced = (
+            path in own or (has_tokenizer and path in _TOKENIZER_FILES) or (has_template and path in _CHAT_TEMPLATES)
+        )
+        if not replaced and path not in _config_files(inputs):
+            yield Sidecar(path=path)
+    for path, data in _config_files(inputs).items():
+        yield Sidecar(path=path, data=data)
+    if len(files) > 1:
+        yield Sidecar(path=INDEX_FILE, data=_index(files))
+
+
+def _may_come_from_adapter(path: str) -> bool:
+    return (
+        path in _TOKENIZER_FILES
+        or path in _CHAT_TEMPLATES
+        or path in _FROM_ADAPTER
+        or path.startswith(_TEMPLATE_FOLDER)
+    )
+
+
+def _config_files(inputs: Inputs) -> dict[str, bytes]:
+    """Configuration files that must say something else than the base's."""
+    edits = dict(inputs.resolution.config)
+    dtype = inputs.recipe.dtype
+    if inputs.base.format is BaseFormat.LITGPT or (not edits and dtype is None):
+        return {}
+    config = json.loads(json.dumps(inputs.base.config))
+    nested = config.get("text_config")
+    for level in (config, nested) if isinstance(nested, dict) else (config,):
+        for key in ("dtype", "torch_dtype"):
+            if dtype is not None and key in level:
+                level[key] = dtype.long_name
+        level.update({key: value for key, value in edits.items() if key in level})
+    missing = {key: value for key, value in edits.items() if key not in config and key not in (nested or {})}
+    config.update(missing)
+    return {"config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}
+
+
+def _index(files: Sequence[OutputFile]) -> bytes:
+    tensors = [(_spec(s), file.path) for file in files for s in file.segments if isinstance(s, (Copy, Compute))]
+    index = {
+        "metadata": {"total_size": sum(spec.size_bytes for spec, _ in tensors)},
+        "weight_map": {spec.name: path for spec, path in sorted(tensors, key=lambda pair: pair[0].name)},
+    }
+    return (json.dumps(index, indent=2) + "\n").encode()

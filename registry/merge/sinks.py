@@ -1,0 +1,294 @@
+"""Where a merge is written to: the store, a folder of this machine, or a folder behind a URL.
+
+The files of a merge are written one after the other, each from its start to its end. Until `publish`, nothing stands where it was asked for:
+a local folder is made beside it under a name that ends in `.partial`; behind a URL `merge.json` comes last and marks the whole as complete;
+in the store, blobs have no owner before the registry gives them one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, Protocol, cast, final
+
+from blake3 import blake3
+
+from registry.errors import Conflict, DamagedBlob, StorageFailed
+from registry.locations import local_folder, open_filesystem
+from registry.manifest import FileEntry
+from registry.refs import Digest
+from registry.store import Store
+
+BLOCK_BYTES = 4 << 20
+
+
+class SinkWriter(Protocol):
+    """One file being written."""
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append. A memory view may be reused afterwards."""
+
+    def commit(self) -> FileEntry:
+        """The file is complete; make it durable."""
+
+    def cancel(self) -> None:
+        """Drop it. Harmless at any time, also after `commit`."""
+
+
+class Sink(Protocol):
+    """A place for the files of one merge."""
+
+    @property
+    def url(self) -> str:
+        """Where it is, empty for the store."""
+
+    def prepare(self, size_bytes: int) -> None:
+        """Make sure, before anything is computed, that it can be written.
+
+        Raises:
+            Conflict: something else is there.
+            StorageFailed: no room, or no permission.
+        """
+
+    def holds(self, entry: FileEntry) -> bool:
+        """Whether a file of an earlier try is there, complete and intact."""
+
+    def create(self, path: str, size_bytes: int) -> SinkWriter:
+        """Start a file of a known size."""
+
+    def publish(self) -> None:
+        """All files are written: make them visible, at once."""
+
+    def discard(self) -> None:
+        """Remove what was written and is not published."""
+
+
+def open_sink(out: str | None, store: Store) -> Sink:
+    """The store when `out` is None, else a path or fsspec URL."""
+    if out is None:
+        return StoreSink(store)
+    folder = local_folder(out)
+    return FolderSink(folder) if folder is not None else RemoteSink(out)
+
+
+@final
+class StoreSink:
+    """The registry's own store."""
+
+    url = ""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def prepare(self, size_bytes: int) -> None:
+        folder = local_folder(self._store.url)
+        if folder is not None:
+            _check_room(folder, size_bytes)
+
+    def holds(self, entry: FileEntry) -> bool:
+        try:
+            return self._store.size(entry.digest) == entry.size_bytes
+        except DamagedBlob:
+            return False
+
+    def create(self, path: str, size_bytes: int) -> SinkWriter:
+        del size_bytes
+        return _StoreWriter(self._store, path)
+
+    def publish(self) -> None:
+        """Blobs are published when the registry records them."""
+
+    def discard(self) -> None:
+        """Blobs nobody refers to are swept."""
+
+
+@final
+class _StoreWriter:
+    def __init__(self, store: Store, path: str) -> None:
+        self._path, self._writer = path, store.create()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._writer.write(data)
+
+    def commit(self) -> FileEntry:
+        blob = self._writer.commit()
+        return FileEntry(path=self._path, size_bytes=blob.size_bytes, digest=blob.digest)
+
+    def cancel(self) -> None:
+        self._writer.cancel()
+
+
+@final
+class FolderSink:
+    """A folder of this machine: complete under its name, or not there."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._partial = folder.with_name(f"{folder.name}.partial")
+
+    @property
+    def url(self) -> str:
+        return str(self._folder)
+
+    def prepare(self, size_bytes: int) -> None:
+        with translating(self.url):
+            if self._folder.exists() and (not self._folder.is_dir() or any(self._folder.iterdir())):
+                raise Conflict(self.url, "something is there already")
+            have = sum(file.stat().st_size for file in self._partial.iterdir()) if self._partial.is_dir() else 0
+            _check_room(self._folder.parent, size_bytes - have)
+            self._partial.mkdir(parents=True, exist_ok=True)
+
+    def holds(self, entry: FileEntry) -> bool:
+        path = self._partial / entry.path
+        with suppress(FileNotFoundError):
+            if path.stat().st_size == entry.size_bytes:
+                return str(blake3().update_mmap(path).hexdigest()) == entry.digest.hex
+        return False
+
+    def create(self, path: str, size_bytes: int) -> SinkWriter:
+        return _FolderWriter(self._partial / path, path, size_bytes)
+
+    def publish(self) -> None:
+        with translating(self.url):
+            for folder in [path for path in self._partial.rglob("*") if path.is_dir()] + [self._partial]:
+                sync_folder(folder)
+            self._partial.replace(self._folder)
+            sync_folder(self._folder.parent)
+
+    def discard(self) -> None:
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+
+@final
+class _FolderWriter:
+    def __init__(self, target: Path, path: str, size_bytes: int) -> None:
+        self._target, self._path, self._url = target, path, str(target)
+        self._hasher, self._size = blake3(), 0
+        with translating(self._url):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._file: IO[bytes] | None = target.open("wb", buffering=0)
+            if size_bytes:
+                self._allocate(self._file.fileno(), size_bytes)
+
+    @staticmethod
+    def _allocate(descriptor: int, size_bytes: int) -> None:
+        """Reserve the room now: a full disk shows before hours of work, not after."""
+        with suppress(NotImplementedError, AttributeError):
+            os.posix_fallocate(descriptor, 0, size_bytes)
+
+    def write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data).cast("B")
+        with translating(self._url):
+            done = 0
+            while done < len(view):
+                done += cast("IO[bytes]", self._file).write(view[done:])
+        self._hasher.update(view)
+        self._size += len(view)
+
+    def commit(self) -> FileEntry:
+        with translating(self._url):
+            file = cast("IO[bytes]", self._file)
+            file.truncate(self._size)
+            os.fsync(file.fileno())
+            file.close()
+            self._file = None
+        return FileEntry(path=self._path, size_bytes=self._size, digest=Digest(self._hasher.hexdigest()))
+
+    def cancel(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+            self._target.unlink(missing_ok=True)
+
+
+@final
+class RemoteSink:
+    """A folder behind an fsspec URL."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url.rstrip("/")
+        self._system, self._root = open_filesystem(self._url)
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    def prepare(self, size_bytes: int) -> None:
+        del size_bytes  # object stores do not say how much room they have
+        with translating(self._url):
+            if self._system.exists(f"{self._root}/merge.json"):
+                raise Conflict(self._url, "a merged model is there already")
+
+    def holds(self, entry: FileEntry) -> bool:
+        with suppress(FileNotFoundError):
+            return int(self._system.info(f"{self._root}/{entry.path}")["size"]) == entry.size_bytes
+        return False
+
+    def create(self, path: str, size_bytes: int) -> SinkWriter:
+        del size_bytes
+        return _RemoteWriter(self._system, f"{self._root}/{path}", path)
+
+    def publish(self) -> None:
+        """`merge.json`, the last file, has done it."""
+
+    def discard(self) -> None:
+        with suppress(FileNotFoundError), translating(self._url):
+            self._system.rm(self._root, recursive=True)
+
+
+@final
+class _RemoteWriter:
+    def __init__(self, system: Any, target: str, path: str) -> None:
+        self._system, self._target, self._path = system, target, path
+        self._hasher, self._size, self._is_open = blake3(), 0, True
+        with translating(target):
+            system.makedirs(target.rpartition("/")[0], exist_ok=True)
+            self._file = system.open(target, "wb", block_size=4 * BLOCK_BYTES)
+
+    def write(self, data: bytes | memoryview) -> None:
+        with translating(self._target):
+            self._file.write(bytes(data))  # fsspec's uploads keep what they are given until a part is full
+        self._hasher.update(data)
+        self._size += len(data)
+
+    def commit(self) -> FileEntry:
+        with translating(self._target):
+            self._file.close()
+        self._is_open = False
+        return FileEntry(path=self._path, size_bytes=self._size, digest=Digest(self._hasher.hexdigest()))
+
+    def cancel(self) -> None:
+        if self._is_open:
+            self._is_open = False
+            with suppress(OSError):
+                self._file.close()
+                self._system.rm_file(self._target)
+
+
+def _check_room(folder: Path, size_bytes: int) -> None:
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < size_bytes:
+        raise StorageFailed(str(folder), f"no space left on device: {size_bytes:,} bytes needed, {free:,} free")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def translating(url: str) -> Iterator[None]:
+    """Turn errors of the operating system into `StorageFailed`."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageFailed(url, (error.strerror or str(error)).lower()) from error

@@ -1,0 +1,218 @@
+"""Which checkpoint is best: the direction of metrics, ranking, sorting. Pure: values in, values out.
+
+A metric that is NaN or infinite counts as missing: a diverged checkpoint never wins.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Literal, final
+
+from registry.errors import DirectionUnknown, InvalidInput, UnknownMetric
+from registry.manifest import Checkpoint, Direction, Metric
+
+Grouping = Literal["adapter", "run", "base"]
+
+# Each pattern is searched in the words of a name, with one blank before, between and after them.
+_KNOWN: Mapping[Direction, re.Pattern[str]] = {
+    "lower": re.compile(
+        r" (loss|losses|logloss|ppl|perplexity|wer|cer|error|err|nll|mae|mse|rmse|bpb|bpc|brier"
+        r"|bits per (byte|char|character|token)|cross entropy|negative log likelihood) "
+    ),
+    "higher": re.compile(
+        r" (acc|accuracy|accuracies|f1|(sacre)?bleu\d*|chrf|meteor|rouge\w*|bertscore|rewards?|margins?|em|exact match"
+        r"|precision|recall|auc|auroc|mcc|matthews|pearsonr?|spearmanr?|r2|ndcg|mrr|pass( at)? (\d+|k|rate)|win ?rate|scores?) "
+    ),
+}
+# With one of these the name speaks about a metric (its spread, its weight, a difference) and no longer is the metric.
+_ABOUT = re.compile(
+    r" (std|stdev|stddev|stderr|var|variance|ci|scale|scaling|scaler|weight|weights|coef|coeff|coefficient|threshold"
+    r"|neg|minus|inverse|inv|delta|diff|difference|gap|drop|gain|change|improvement|reduction|chosen|rejected) "
+)
+_HELD_OUT = ("eval", "val", "valid", "validation", "dev", "test")
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """What was ranked together: the checkpoints, best first. There is at least one."""
+
+    key: str
+    checkpoints: tuple[Checkpoint, ...]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranking:
+    """The best checkpoints by a metric: groups in the order of their keys, at least one.
+
+    `without` counts the candidates that could not be ranked, because the metric is missing, NaN or infinite.
+    """
+
+    metric: str
+    direction: Direction
+    groups: tuple[Group, ...]
+    without: int
+
+
+def direction_of(name: str) -> Direction | None:
+    """Which way a metric is better, from its name alone: `eval_loss` is lower, `test/rouge1` higher.
+
+    The name is cut into words at everything that is no letter or digit. None where no word is known, where they contradict each other
+    (`wer_score`), and where the name is about a metric (`loss_scale`, `acc_stderr`): this never guesses.
+    """
+    spaced = f" {' '.join(_words(name))} "
+    if _ABOUT.search(spaced):
+        return None
+    found: list[Direction] = [direction for direction, pattern in _KNOWN.items() if pattern.search(spaced)]
+    return found[0] if len(found) == 1 else None
+
+
+def _words(name: str) -> list[str]:
+    return re.findall(r"[^\W_]+", name.lower())
+
+
+def shared_metric(checkpoints: Sequence[Checkpoint]) -> str:
+    """The metric to rank by when nobody names one: all candidates have a finite value of it, and its direction is known.
+
+    Preferred are the loss on eval, then on val, validation or test, then other metrics of those splits, then another loss, then the rest.
+
+    Raises:
+        UnknownMetric: there is none. Its name is empty, `near` holds the metrics that exist, the most common first.
+    """
+    latest = [_latest(checkpoint) for checkpoint in checkpoints]
+    counts = Counter(name for metrics in latest for name, metric in metrics.items() if math.isfinite(metric.value))
+    shared = [name for name, count in counts.items() if count == len(checkpoints) and _direction(name, latest)]
+    if not shared:
+        raise UnknownMetric("", sorted(counts, key=lambda name: (-counts[name], name)))
+    return min(shared, key=lambda name: _preference(name, latest))
+
+
+def _latest(checkpoint: Checkpoint) -> dict[str, Metric]:
+    return {metric.name: metric for metric in checkpoint.metrics}
+
+
+def _direction(name: str, latest: Sequence[Mapping[str, Metric]]) -> Direction | None:
+    declared = {metrics[name].direction for metrics in latest if name in metrics} - {None}
+    return declared.pop() if len(declared) == 1 else direction_of(name)
+
+
+def _preference(name: str, latest: Sequence[Mapping[str, Metric]]) -> tuple[int, int, int, str]:
+    """Sorts the more telling metric first; of two losses of one split the one with the shorter name (`eval_loss`, `eval_aux_loss`)."""
+    words = _words(name)
+    places = {*words, *(metrics[name].split for metrics in latest)}
+    split = next((rank for rank, held_out in enumerate(_HELD_OUT) if held_out in places), len(_HELD_OUT))
+    is_loss, is_held_out = "loss" in words, split < len(_HELD_OUT)
+    tiers = (is_loss and split == 0, is_loss and is_held_out, is_held_out, is_loss, True)
+    return tiers.index(True), split, len(words) if is_loss else 0, name
+
+
+def best(
+    checkpoints: Sequence[Checkpoint],
+    *,
+    metric: str | None = None,
+    direction: Direction | None = None,
+    per: Grouping | None = None,
+    top: int = 1,
+) -> Ranking:
+    """Rank checkpoints by a metric. Of equal values the earlier step comes first, then the lower version.
+
+    Args:
+        checkpoints: the candidates, in any order.
+        metric: its exact name; None takes the `shared_metric`.
+        direction: which way is better; None asks what the metrics declare, then the metric's name.
+        per: rank within each adapter (key: its name), run (`adapter run`) or base model (64 hex digits); None ranks all together (key: empty).
+        top: the most checkpoints to keep in each group, at least 1.
+
+    Raises:
+        DirectionUnknown: neither the metrics nor the name tell which way is better.
+        InvalidInput: `top` is below 1.
+        UnknownMetric: no candidate has a finite value of the metric, or none is shared by all.
+    """
+    if top < 1:
+        raise InvalidInput("top", top, "expected at least 1")
+    name = shared_metric(checkpoints) if metric is None else metric
+    ranked = [(value, checkpoint) for checkpoint in checkpoints if (value := _finite(checkpoint, name)) is not None]
+    latest = [_latest(checkpoint) for checkpoint in checkpoints]
+    if not ranked:
+        existing = sorted({other for metrics in latest for other in metrics} - {name})
+        raise UnknownMetric(name, get_close_matches(name, existing))
+    way = direction or _direction(name, latest)
+    if way is None:
+        raise DirectionUnknown(name)
+    groups: dict[str, list[Checkpoint]] = {}
+    for _, checkpoint in sorted(ranked, key=lambda pair: _place(pair[0], pair[1], way)):
+        groups.setdefault(_group_key(checkpoint, per), []).append(checkpoint)
+    return Ranking(
+        metric=name,
+        direction=way,
+        groups=tuple(Group(key=key, checkpoints=tuple(found[:top])) for key, found in sorted(groups.items())),
+        without=len(checkpoints) - len(ranked),
+    )
+
+
+def _finite(checkpoint: Checkpoint, metric: str) -> float | None:
+    value = checkpoint.metric(metric)
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _place(value: float, checkpoint: Checkpoint, direction: Direction) -> tuple[float, float, int, str, str]:
+    signed = value if direction == "lower" else -value
+    step = math.inf if checkpoint.step is None else checkpoint.step
+    # adapter and digest settle ties between adapters, so that the order of the candidates never matters
+    return signed, step, checkpoint.version, str(checkpoint.adapter), checkpoint.digest.hex
+
+
+def _group_key(checkpoint: Checkpoint, per: Grouping | None) -> str:
+    match per:
+        case None:
+            return ""
+        case "adapter":
+            return str(checkpoint.adapter)
+        case "run":
+            return f"{checkpoint.adapter} {checkpoint.run}"
+        case "base":
+            return checkpoint.base.hex
+
+
+_SORT_KEYS: Mapping[str, Callable[[Checkpoint], Any]] = {
+    "step": lambda checkpoint: checkpoint.step,
+    "created": lambda checkpoint: checkpoint.created_at,
+    "version": lambda checkpoint: checkpoint.version,
+    "adapter": lambda checkpoint: str(checkpoint.adapter),
+    "run": lambda checkpoint: checkpoint.run or None,
+    "rank": lambda checkpoint: checkpoint.manifest.rank,
+    "size": lambda checkpoint: checkpoint.manifest.size_bytes,
+    "parameters": lambda checkpoint: checkpoint.manifest.parameters,
+}
+
+
+def sort_checkpoints(checkpoints: Sequence[Checkpoint], key: str) -> list[Checkpoint]:
+    """Sort by `step`, `created`, `version`, `adapter`, `run`, `rank`, `size`, `parameters` or `metric.NAME`; `-` in front for descending.
+
+    Checkpoints without the value come last either way. Equal ones keep their order.
+
+    Raises:
+        InvalidInput: another key.
+    """
+    read = _sort_value(key)
+    present = [checkpoint for checkpoint in checkpoints if read(checkpoint) is not None]
+    missing = [checkpoint for checkpoint in checkpoints if read(checkpoint) is None]
+    return sorted(present, key=read, reverse=key.startswith("-")) + missing
+
+
+def _sort_value(key: str) -> Callable[[Checkpoint], Any]:
+    name = key.removeprefix("-")
+    metric = name.removeprefix("metric.")
+    if metric and metric != name:
+        return lambda checkpoint: _finite(checkpoint, metric)
+    if name not in _SORT_KEYS:
+        raise InvalidInput(
+            "sort", key, f"expected {', '.join(_SORT_KEYS)} or metric.NAME, with - in front for descending"
+        )
+    return _SORT_KEYS[name]

@@ -1,0 +1,75 @@
+"""A database for each test, copied from one that the migrations made, and the base model that checkpoints refer to."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine
+
+from registry.db.catalog import Catalog
+from registry.db.schema import open_engine, prepare, writing
+from registry.manifest import BaseFile, BaseFormat, BaseModel, Fingerprint
+from registry.tensors import DType, StoredTensor, TensorSpec
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from factories import NOON, digest  # noqa: E402 - found through the line above
+
+BaseMaker = Callable[..., BaseModel]
+
+
+def _base(name: str = "meta/base", weights: str = "base", **changes: Any) -> BaseModel:
+    tensor = StoredTensor(TensorSpec("lm_head.weight", DType.BF16, (8, 4)), "model.safetensors", 96)
+    defaults: dict[str, Any] = {
+        "url": "/models/base",
+        "in_store": False,
+        "format": BaseFormat.SAFETENSORS,
+        "fingerprint": Fingerprint(
+            architecture=digest("architecture"), weights=digest(weights), tensors={"lm_head.weight": digest("head")}
+        ),
+        "arch_version": "",
+        "config": {"model_type": "llama", "limit": [0.0, float("inf")]},
+        "files": (BaseFile(path="model.safetensors", size_bytes=160, identity="1:2:160:3"),),
+        "tensors": (tensor,),
+        "created_at": NOON,
+        "author": "ada",
+    }
+    return BaseModel(name=name, **{**defaults, **changes})
+
+
+@pytest.fixture
+def base() -> BaseMaker:
+    return _base
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("template")
+    engine = prepare(f"sqlite:///{folder / 'ckpt.db'}", folder / "backups")
+    with writing(engine) as session:
+        Catalog(session).bases.add(_base())
+    engine.dispose()
+    return folder / "ckpt.db"
+
+
+@pytest.fixture
+def database(template: Path, tmp_path: Path) -> Path:
+    """An up-to-date database with the base model `meta/base`."""
+    return Path(shutil.copy(template, tmp_path / "ckpt.db"))
+
+
+@pytest.fixture
+def engine(database: Path) -> Iterator[Engine]:
+    engine = open_engine(f"sqlite:///{database}")
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def catalog(engine: Engine) -> Iterator[Catalog]:
+    with writing(engine) as session:
+        yield Catalog(session)

@@ -1,0 +1,236 @@
+"""Opening, creating, upgrading and locking the database, and how its failures are told."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.script import ScriptDirectory
+from factories import NOON, checkpoint
+from sqlalchemy import Engine, text
+
+from registry.db.catalog import Catalog
+from registry.db.schema import (
+    HEAD_REVISION,
+    alembic_config,
+    back_up,
+    open_engine,
+    prepare,
+    reading,
+    upgrade,
+    writing,
+)
+from registry.db.tables import NoteRow
+from registry.errors import (
+    Conflict,
+    CorruptFile,
+    DatabaseVersion,
+    InUse,
+    InvalidInput,
+    InvalidSetting,
+    NameTaken,
+    StorageFailed,
+)
+from registry.manifest import Note
+
+
+def run(program: str, *arguments: object) -> subprocess.Popen[str]:
+    command_line = [sys.executable, "-W", "error", "-c", program, *map(str, arguments)]
+    return subprocess.Popen(command_line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def set_revision(database: Path, revision: str) -> None:
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("UPDATE alembic_version SET version_num = ?", [revision])
+
+
+def test_head_is_what_the_code_expects(engine: Engine) -> None:
+    with engine.connect() as connection:
+        assert ScriptDirectory.from_config(alembic_config(connection)).get_heads() == [HEAD_REVISION]
+
+
+def test_migrations_make_the_tables_that_the_code_declares(engine: Engine) -> None:
+    with engine.connect() as connection:
+        command.check(alembic_config(connection))  # raises when they differ
+
+
+def test_migrations_make_every_named_rule(engine: Engine) -> None:
+    with engine.connect() as connection:
+        sql = " ".join(connection.scalars(text("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")))
+    for table in NoteRow.metadata.tables.values():
+        for rule in [*table.constraints, *table.indexes]:
+            assert str(rule.name) in sql
+
+
+def test_sqlite_is_set_up_to_be_durable(engine: Engine) -> None:
+    with engine.connect() as connection:
+        found = {
+            name: connection.exec_driver_sql(f"PRAGMA {name}").scalar()
+            for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+        }
+    assert found == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 30_000}
+
+
+def test_prepare_creates_a_database_once(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'new' / 'ckpt.db'}"
+    for _ in range(2):
+        engine = prepare(url, tmp_path / "backups")
+        with reading(engine) as session:
+            assert Catalog(session).checkpoints.all() == []
+        engine.dispose()
+    assert not (tmp_path / "backups").exists()
+
+
+def test_two_processes_may_create_it_at_once(tmp_path: Path) -> None:
+    program = "import sys, pathlib; from registry.db.schema import prepare; prepare(sys.argv[1], pathlib.Path('b'))"
+    processes = [run(program, f"sqlite:///{tmp_path / 'ckpt.db'}") for _ in range(3)]
+    assert [process.communicate()[1] for process in processes] == ["", "", ""]
+    upgrade(f"sqlite:///{tmp_path / 'ckpt.db'}", tmp_path / "backups")
+    assert not (tmp_path / "backups").exists()
+
+
+def test_an_up_to_date_database_does_not_need_alembic(database: Path) -> None:
+    program = (
+        "import sys, pathlib; from registry.db.schema import prepare, reading; from registry.db.catalog import Catalog\n"
+        "with reading(prepare(sys.argv[1], pathlib.Path('b'))) as session: print(Catalog(session).checkpoints.count())\n"
+        "print(sorted({'alembic', 'torch', 'fsspec'} & set(sys.modules)))"
+    )
+    assert run(program, f"sqlite:///{database}").communicate() == ("0\n[]\n", "")
+
+
+def test_a_newer_database_is_refused(database: Path, tmp_path: Path) -> None:
+    set_revision(database, "0999")
+    for opened in (prepare, upgrade):
+        with pytest.raises(DatabaseVersion, match="newer than this package: upgrade ckpt-registry"):
+            opened(f"sqlite:///{database}", tmp_path / "backups")
+
+
+def test_a_database_of_something_else_is_refused(database: Path, tmp_path: Path) -> None:
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute("DROP TABLE alembic_version")
+    with pytest.raises(DatabaseVersion, match="not a database of this package"):
+        prepare(f"sqlite:///{database}", tmp_path / "backups")
+
+
+def test_an_older_database_is_copied_before_the_upgrade(database: Path, tmp_path: Path) -> None:
+    set_revision(database, "0000")  # a revision that the migrations do not know: the upgrade itself must fail
+    with pytest.raises(Exception, match="0000"):
+        upgrade(f"sqlite:///{database}", tmp_path / "backups")
+    (copy,) = (tmp_path / "backups").iterdir()
+    assert copy.name.startswith("ckpt-0000-2")
+
+
+def test_a_backup_holds_what_is_committed(database: Path, engine: Engine, tmp_path: Path) -> None:
+    with writing(engine) as session:
+        Catalog(session).checkpoints.add(checkpoint())
+    with writing(engine) as session:
+        Catalog(session).checkpoints.add(checkpoint(version=2))
+        copy = back_up(database, tmp_path / "backups", "0001", NOON)
+    assert copy.name == "ckpt-0001-20250301T120000.000000Z.db"
+    assert list(copy.parent.glob("*.partial")) == []
+    copied = open_engine(f"sqlite:///{copy}")
+    with reading(copied) as session:
+        assert Catalog(session).checkpoints.count() == 1
+    copied.dispose()
+
+
+def test_a_backup_that_cannot_be_written(database: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageFailed):
+        back_up(database, tmp_path / "file" / "backups", "0001", NOON)
+
+
+def test_a_file_that_is_no_database(tmp_path: Path) -> None:
+    (tmp_path / "ckpt.db").write_bytes(b"not a database at all" * 100)
+    with pytest.raises(CorruptFile):
+        prepare(f"sqlite:///{tmp_path / 'ckpt.db'}", tmp_path / "backups")
+
+
+def test_a_place_that_cannot_hold_a_database(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageFailed):
+        prepare(f"sqlite:///{tmp_path / 'file' / 'ckpt.db'}", tmp_path / "backups")
+    with pytest.raises(StorageFailed):
+        prepare(f"sqlite:///{tmp_path}", tmp_path / "backups")
+
+
+@pytest.mark.parametrize("url", ["no url", "oracle+nothing://x", "sqlite://", "sqlite:///:memory:"])
+def test_urls_that_cannot_be_used(url: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidSetting):
+        prepare(url, tmp_path / "backups")
+
+
+def test_a_full_disk(engine: Engine) -> None:
+    with pytest.raises(StorageFailed, match="full"), writing(engine) as session:
+        pages = session.execute(text("PRAGMA page_count")).scalar()
+        session.execute(text(f"PRAGMA max_page_count = {pages}"))
+        Catalog(session).checkpoints.add(checkpoint(source="x" * 4000, run="y" * 300))
+        for i in range(50):
+            added = Catalog(session).checkpoints.all()[0]
+            Catalog(session).checkpoints.add_note(added, Note(text="n" * 9000, author=str(i), created_at=NOON))
+
+
+def test_an_error_leaves_nothing_behind(engine: Engine) -> None:
+    with pytest.raises(KeyError), writing(engine) as session:
+        Catalog(session).checkpoints.add(checkpoint())
+        raise KeyError
+    with reading(engine) as session:
+        assert Catalog(session).checkpoints.count() == 0
+        Catalog(session).checkpoints.add(checkpoint())
+    with reading(engine) as session:
+        assert Catalog(session).checkpoints.count() == 0
+
+
+def test_broken_rules_are_told_by_name(engine: Engine) -> None:
+    with writing(engine) as session:
+        added = Catalog(session).checkpoints.add(checkpoint())
+    with pytest.raises(NameTaken, match="checkpoints_adapter_id_digest"), writing(engine) as session:
+        Catalog(session).checkpoints.add(checkpoint())
+    with pytest.raises(InvalidInput, match="notes_text_length"), writing(engine) as session:
+        note = Note(text="x" * 20_001, author="ada", created_at=NOON)
+        Catalog(session).checkpoints.add_note(added, note)
+    with pytest.raises(InUse), writing(engine) as session:
+        session.execute(text("DELETE FROM bases"))
+    with pytest.raises(Conflict), writing(engine) as session:
+        session.execute(text("UPDATE checkpoints SET run = NULL"))
+
+
+def test_naive_times_are_refused(engine: Engine) -> None:
+    naive = datetime(2025, 3, 1)  # noqa: DTZ001 - the point
+    with pytest.raises(Exception, match="without its zone"), writing(engine) as session:
+        Catalog(session).checkpoints.add(checkpoint(created_at=naive))
+
+
+def test_a_lock_held_for_too_long(database: Path) -> None:
+    impatient = open_engine(f"sqlite:///{database}?timeout=0.1")
+    with closing(sqlite3.connect(database, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(Conflict, match="locked"), writing(impatient):
+            pass
+    impatient.dispose()
+
+
+def test_writers_wait_and_readers_do_not(engine: Engine) -> None:
+    program = (
+        "import sys, time; from registry.db.schema import open_engine, writing; from registry.db.tables import BlobRow\n"
+        "with writing(open_engine(sys.argv[1])) as session:\n"
+        "    session.add(BlobRow(digest='0' * 64, sha256='', size_bytes=1)); session.flush()\n"
+        "    print('written', flush=True); time.sleep(0.5)"
+    )
+    other = run(program, engine.url)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "written\n"
+    started = time.monotonic()
+    with reading(engine) as session:
+        assert Catalog(session).blobs.unreferenced() == []
+    assert time.monotonic() - started < 0.4
+    with writing(engine) as session:
+        assert len(Catalog(session).blobs.unreferenced()) == 1
+    assert other.communicate() == ("", "")
