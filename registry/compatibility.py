@@ -25,12 +25,17 @@ class Trained:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What only reading can tell. `nonfinite`: adapter tensors with NaN or infinite values. `tokens`: one more than the largest token id of the
-    adapter's own tokenizer, 0 without one. `changed_files`: files of the base that are no longer what was recorded."""
+    """What only reading can tell.
 
-    nonfinite: Sequence[str] = ()
+    `nonfinite`: adapter tensors with NaN or infinite values; None when their values were not read. `tokens`: one more than the largest token
+    id of the adapter's own tokenizer, 0 without one. `changed_files`: files of the base that are no longer what was recorded.
+    `merged_before`: the base's own record says that this checkpoint is in it.
+    """
+
+    nonfinite: Sequence[str] | None = None
     tokens: int = 0
     changed_files: Sequence[str] = ()
+    merged_before: bool = False
 
 
 def check(
@@ -49,6 +54,7 @@ def check(
     findings = [
         *(_identity(base, trained) if trained else ()),
         *_changed(base, facts),
+        *_merged_before(base, facts),
         *_matching(adapter, resolution),
         *_values(adapter, facts),
         *_vocabulary(base, resolution, facts),
@@ -94,6 +100,14 @@ def _changed(base: BaseModel, facts: Facts) -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def _merged_before(base: BaseModel, facts: Facts) -> Iterator[Finding]:
+    if facts.merged_before:
+        yield Finding(
+            code="merged_before", level=Level.REFUSED, where=f"{base.url}/merge.json", expected="a base without this checkpoint",
+            found="it was merged in already", advice="merging twice doubles its effect: use the model as it is",
+        )  # fmt: skip
+
+
 def _matching(adapter: Adapter, resolution: Resolution) -> Iterator[Finding]:
     yield from resolution.findings
     refused = [finding for finding in resolution.findings if finding.level is Level.REFUSED]
@@ -117,12 +131,12 @@ def _matching(adapter: Adapter, resolution: Resolution) -> Iterator[Finding]:
 
 
 def _values(adapter: Adapter, facts: Facts) -> Iterator[Finding]:
-    for name in facts.nonfinite:
+    for name in facts.nonfinite or ():
         yield Finding(
             code="not_finite", level=Level.REFUSED, where=name, expected="finite numbers", found="NaN or infinity",
             advice="training diverged here: choose an earlier checkpoint",
         )  # fmt: skip
-    if not facts.nonfinite:
+    if facts.nonfinite is not None and not facts.nonfinite:
         yield _passed("finite", adapter.weights_file, f"{adapter.parameters:,} values")
 
 

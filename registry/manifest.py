@@ -6,7 +6,7 @@ Nothing here reads or writes. Every time is aware and in UTC; every size is in b
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from enum import Enum, StrEnum
@@ -75,7 +75,7 @@ class Manifest:
     @property
     def digest(self) -> Digest:
         """Names the content: the same files give the same digest wherever and whenever they are registered."""
-        return digest_of([[entry.path, entry.digest.hex] for entry in sorted(self.files, key=lambda entry: entry.path)])
+        return content_digest(self.files)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -357,6 +357,11 @@ def canonical_json(value: object) -> bytes:
 def digest_of(value: object) -> Digest:
     """BLAKE3 over the canonical JSON of a value."""
     return Digest(blake3(canonical_json(value)).hexdigest())
+
+
+def content_digest(files: Iterable[FileEntry]) -> Digest:
+    """Names a set of files: BLAKE3 over the canonical JSON of `[path, digest]` in the order of paths."""
+    return digest_of(sorted([entry.path, entry.digest.hex] for entry in files))
 
 
 def to_json(value: object) -> Any:

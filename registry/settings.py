@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import platformdirs
 
@@ -21,17 +22,20 @@ class Settings:
     """Where things are and who is asking.
 
     `home` holds the database, the store, caches and the journals of running merges. `database_url` and `store_url` default to places
-    inside it. `author` signs what is recorded.
+    inside it. `author` signs what is recorded. `hub_cache` is where the Hugging Face Hub's client keeps what it downloaded.
     """
 
     home: Path
     database_url: str
     store_url: str
     author: str
+    hub_cache: Path
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
         """Read `CKPT_HOME`, `CKPT_DATABASE_URL`, `CKPT_STORE`, `CKPT_USER`; then `config.toml` in the home for what is unset.
+
+        Where the Hub's client keeps its files is read as that client does (`HF_HUB_CACHE`, `HF_HOME`).
 
         Raises:
             InvalidSetting: the file is not TOML, or has a key that means nothing.
@@ -48,9 +52,10 @@ class Settings:
 
         return cls(
             home=home,
-            database_url=choose("database_url", f"sqlite:///{home / 'ckpt.db'}"),
+            database_url=choose("database_url", f"sqlite:///{quote(str(home / 'ckpt.db'))}"),
             store_url=choose("store", (home / "store").as_uri()),
             author=choose("user", "") or _login_name(),
+            hub_cache=_hub_cache(environment),
         )
 
 
@@ -65,6 +70,11 @@ def _read_file(path: Path) -> dict[str, str]:
         if key not in _KEYS or not isinstance(value, str):
             raise InvalidSetting("config.toml", key, f"expected text for one of {', '.join(_KEYS)}")
     return found
+
+
+def _hub_cache(environment: Mapping[str, str]) -> Path:
+    home = environment.get("HF_HOME") or "~/.cache/huggingface"
+    return Path(environment.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
 
 
 def _login_name() -> str:

@@ -185,6 +185,15 @@ class Store:
                 if match := _BLOB_KEY.fullmatch(key):
                     yield Digest(match[2]), size_bytes
 
+    def age(self, digest: Digest) -> timedelta:
+        """How long ago a blob was last put here.
+
+        Raises:
+            DamagedBlob: it is missing.
+        """
+        with self._reading(digest):
+            return timedelta(seconds=self._files.age_seconds(_key(digest)))
+
     def delete(self, digest: Digest) -> None:
         """Remove a blob; a missing one is fine."""
         with _Translating(self.url):
@@ -439,6 +448,8 @@ class _LocalFiles:
             _make_folders(blob.parent)
             # Another process may have published the same bytes just now; replacing them by themselves harms nobody.
             (self._root / staged.key).replace(blob)
+        else:
+            os.utime(blob)  # whoever sweeps must see that somebody wants it again
         # Also for a blob that was there: its writer may not have come that far, and its folder may be as new.
         _sync_folder(blob.parent)
         _sync_folder(blob.parent.parent)

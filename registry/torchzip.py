@@ -37,9 +37,8 @@ _LOCAL, _CENTRAL = struct.Struct("<4s5H3I2H"), struct.Struct("<4s6H3I5H2I")
 _END, _END64, _LOCATOR = struct.Struct("<4s4H2IH"), struct.Struct("<4sQ2H2I4Q"), struct.Struct("<4sIQI")
 _LOCAL_MARK, _CENTRAL_MARK, _DESCRIPTOR_MARK = b"PK\3\4", b"PK\1\2", b"PK\7\x08"
 _END_MARK, _END64_MARK, _LOCATOR_MARK = b"PK\5\6", b"PK\6\6", b"PK\6\7"
-_MAX16, _MAX32 = 0xFFFF, 0xFFFFFFFF
+_MAX16, _MAX32, _JANUARY_1980 = 0xFFFF, 0xFFFFFFFF, 0x0021
 _ENCRYPTED, _CRC_FOLLOWS, _UTF8 = 0x2041, 0x0008, 0x0800
-_JANUARY_1980 = 0x0021
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +81,6 @@ def read_torch_zip(stream: IO[bytes], file: str, file_bytes: int) -> TorchArchiv
     return TorchArchive(tensors, _shared_bytes(tensors, file))
 
 
-# ---- the zip archive, reading
-
-
 @final
 class _ZipReader:
     """The entries of a zip archive that only stores: one top folder, no compression, no encryption, nothing outside the file."""
@@ -93,8 +89,8 @@ class _ZipReader:
         self._stream, self._file, self._file_bytes = stream, file, file_bytes
         head = self._bytes(0, min(4, file_bytes))
         if not is_torch_zip(head):
-            what = "a bare pickle" if head[:1] == pickle.PROTO else "not a zip archive"
-            raise self._corrupt(f"{what}; re-save with torch >= 1.6")
+            kind = "a bare pickle" if head[:1] == pickle.PROTO else "no zip archive"
+            raise self._corrupt(f"{kind}; re-save with torch >= 1.6")
         self._top, self._headers = self._read_directory()
         if "constants.pkl" in self._headers or any(name.startswith("code/") for name in self._headers):
             raise self._corrupt("a TorchScript archive; re-save its state_dict with torch.save of torch >= 1.6")
@@ -107,9 +103,9 @@ class _ZipReader:
         path = f"{self._top}/{name}".encode()
         header = self._bytes(header_at, _LOCAL.size + len(path))
         mark, *_, path_bytes, extra_bytes = _LOCAL.unpack_from(header)
-        if mark != _LOCAL_MARK or path_bytes != len(path) or header[_LOCAL.size :] != path:
-            raise self._corrupt(f"the local header of {name[:80]!r} does not match the directory")
         start = header_at + len(header) + extra_bytes
+        if mark != _LOCAL_MARK or path_bytes != len(path) or header[_LOCAL.size :] != path:
+            raise self._corrupt(f"the local header of {name[:80]!r} does not match the zip directory")
         if start + size > self._file_bytes:
             raise self._corrupt(f"{name[:80]!r} ends at byte {start + size}, the file at byte {self._file_bytes}")
         return start, size
@@ -138,14 +134,14 @@ class _ZipReader:
         found: dict[str, tuple[int, int]] = {}
         folder = ""
         for _ in range(count):
-            path, *place, at = self._parse_entry(raw, at)
+            path, header_at, data_bytes, at = self._parse_entry(raw, at)
             top, _, name = path.partition("/")
             folder = folder or top
             if top != folder or not name:
                 raise self._corrupt(f"{path[:80]!r} is not in the one top folder {folder[:80]!r}")
             if name in found:
                 raise self._corrupt(f"the entry {name[:80]!r} occurs twice")
-            found[name] = (place[0], place[1])
+            found[name] = (header_at, data_bytes)
         if at != size:
             raise self._corrupt("the zip directory is longer than its entries")
         return folder, found
@@ -167,12 +163,11 @@ class _ZipReader:
     def _parse_entry(self, raw: bytes, at: int) -> tuple[str, int, int, int]:
         """Path, offset of the local header and size of the data in bytes, and where the next entry begins."""
         try:
-            mark, _, _, flags, method, *_, packed, size, path_bytes, extra_bytes, comment_bytes, _, _, _, header_at = (
-                _CENTRAL.unpack_from(raw, at)
-            )
+            fields = _CENTRAL.unpack_from(raw, at)
+            mark, _, _, flags, method, *_, packed, size, path_bytes, extra_bytes, comment_bytes = fields[:13]
             extra_at = at + _CENTRAL.size + path_bytes
             path = raw[at + _CENTRAL.size : extra_at].decode()
-            size, packed, header_at = _widen(raw[extra_at : extra_at + extra_bytes], size, packed, header_at)
+            size, packed, header_at = _widen(raw[extra_at : extra_at + extra_bytes], size, packed, fields[-1])
         except (struct.error, UnicodeDecodeError) as error:
             raise self._corrupt(f"malformed zip directory: {error}") from error
         if mark != _CENTRAL_MARK or flags & _ENCRYPTED or method != 0 or packed != size:
@@ -190,9 +185,6 @@ def _widen(extra: bytes, *fields: int) -> Iterable[int]:
         at += 8 * (field == _MAX32)
 
 
-# ---- the pickle, reading: nothing in it can become anything but a plain value or one of these stand-ins
-
-
 class _ElementType(NamedTuple):
     """A storage class or dtype of torch; `dtype` is None for untyped storages and for types the registry does not know."""
 
@@ -203,22 +195,27 @@ class _ElementType(NamedTuple):
 class _Storage(NamedTuple):
     type: _ElementType
     key: str
-    elements: int
-
-    @property
-    def size_bytes(self) -> int:
-        return self.elements * (self.type.dtype.itemsize_bytes if self.type.dtype else 1)
+    size_bytes: int
 
 
 class _View(NamedTuple):
-    """A tensor as the pickle describes it: offset and strides count elements. Nothing about it is checked yet."""
+    """A tensor as the arguments of torch's `_rebuild_tensor_v3`: offset and strides count elements. Nothing about it is checked yet."""
 
     storage: Any
     offset: Any
     shape: Any
     strides: Any
+    requires_grad: Any
+    hooks: Any
     type: Any
-    metadata: Any
+    metadata: Any = None
+
+
+class _Mapping(dict[Any, Any]):
+    """An OrderedDict of the pickle; made without arguments only, as copying one list many times could fill the memory."""
+
+    def __setstate__(self, state: object) -> None:
+        """Drop the attributes: `state_dict()` keeps version numbers of modules there."""
 
 
 class _Global(NamedTuple):
@@ -230,26 +227,15 @@ class _Global(NamedTuple):
         return self.call(*arguments)
 
 
-class _Mapping(dict[Any, Any]):
-    """An OrderedDict of the pickle. Takes no arguments: copying one list many times could fill the memory."""
-
-    __slots__ = ()
-
-    def __init__(self) -> None:
-        super().__init__()
-
-    def __setstate__(self, state: object) -> None:
-        """Drop the attributes: `state_dict()` keeps version numbers of modules there."""
+def _tensor_v2(storage: _Storage, *arguments: Any) -> _View:
+    offset, shape, strides, grad, hooks, *metadata = arguments
+    return _View(storage, offset, shape, strides, grad, hooks, storage.type, *metadata)
 
 
 _ALLOWED: Mapping[tuple[str, str], Callable[..., object]] = {
-    ("collections", "OrderedDict"): _Mapping,
-    ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, shape, strides, _grad, _hooks, *metadata: _View(
-        storage, offset, shape, strides, storage.type, metadata
-    ),
-    ("torch._utils", "_rebuild_tensor_v3"): lambda storage, offset, shape, strides, _grad, _hooks, dtype, *metadata: (
-        _View(storage, offset, shape, strides, dtype, metadata)
-    ),
+    ("collections", "OrderedDict"): lambda: _Mapping(),
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor_v2,
+    ("torch._utils", "_rebuild_tensor_v3"): _View,
     ("torch._utils", "_rebuild_parameter"): lambda data, _grad, _hooks: data,
     ("torch._utils", "_rebuild_parameter_with_state"): lambda data, _grad, _hooks, _state: data,
     ("torch", "Size"): lambda sizes: tuple(sizes[: limits.MAX_DIMENSIONS + 1]),
@@ -276,11 +262,11 @@ class _StateUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, element_type, key, _, elements = pid
-        storage = _Storage(element_type, key, elements)
-        if kind != "storage" or not isinstance(element_type, _ElementType) or not _is_count(elements):
+        is_number = isinstance(key, str) and key.isascii() and key.isdecimal()
+        if kind != "storage" or not isinstance(element_type, _ElementType) or not is_number or not _is_count(elements):
             raise pickle.UnpicklingError("a persistent id that is no storage")
-        if not isinstance(key, str) or not key.isascii() or not key.isdecimal():
-            raise pickle.UnpicklingError("a storage whose key is not a number")
+        itemsize_bytes = element_type.dtype.itemsize_bytes if element_type.dtype else 1
+        storage = _Storage(element_type, key, elements * itemsize_bytes)
         if self._storages.setdefault(key, storage) != storage:
             raise pickle.UnpicklingError(f"storage {key} is declared in two ways")
         return storage
@@ -334,9 +320,6 @@ def _depth_after(opcode: pickletools.OpcodeInfo, stack: list[int | None]) -> int
     if opcode.stack_after and opcode.stack_after[0] in (pickletools.pydict, pickletools.pylist, pickletools.pyset):
         return 0  # these are never hashed, and growing one item by item does not make it deep
     return 1 + max(taken)
-
-
-# ---- from the pickle's objects to tensors
 
 
 def _is_count(value: object) -> bool:
@@ -393,13 +376,12 @@ def _view_problem(view: _View) -> str:
         return "not built on a storage"
     if view.type.dtype is None:
         return f"elements of {view.type.name[:80]} are not supported"
-    if not all(
-        isinstance(part, tuple) and all(map(_is_count, part)) for part in (view.shape, view.strides, (view.offset,))
-    ):
+    parts = (view.shape, view.strides, (view.offset,))
+    if not all(isinstance(part, tuple) and all(map(_is_count, part)) for part in parts):
         return "shape, strides and offset are not whole numbers"
     if not len(view.strides) == len(view.shape) <= limits.MAX_DIMENSIONS:
         return f"{len(view.shape)} dimensions and {len(view.strides)} strides; at most {limits.MAX_DIMENSIONS} are supported"
-    if any(view.metadata):
+    if view.metadata:
         return "a conjugated or negated view"
     spec = TensorSpec("", view.type.dtype, view.shape)
     wanted = zip(view.shape, view.strides, _row_major(view.shape), strict=True)
@@ -416,11 +398,7 @@ def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _shared_bytes(tensors: Sequence[StoredTensor], file: str) -> tuple[tuple[str, ...], ...]:
-    """Groups of names on the same bytes.
-
-    Raises:
-        CorruptFile: tensors overlap in part, or share bytes as different element types.
-    """
+    """Groups of names on the same bytes; refuses tensors that overlap in part or share bytes as different element types."""
     groups: dict[tuple[int, int, DType], list[str]] = {}
     for tensor in tensors:
         spec, start = tensor.spec, tensor.offset_bytes
@@ -428,13 +406,8 @@ def _shared_bytes(tensors: Sequence[StoredTensor], file: str) -> tuple[tuple[str
             groups.setdefault((start, start + spec.size_bytes, spec.dtype), []).append(spec.name)
     for first, second in pairwise(sorted(groups)):
         if second[0] < first[1]:
-            raise CorruptFile(
-                file, f"{groups[first][0]} and {groups[second][0]} share some bytes but not all, or as other types"
-            )
+            raise CorruptFile(file, f"{groups[first][0]} overlaps {groups[second][0]} in part or as another type")
     return tuple(tuple(names) for names in groups.values() if len(names) > 1)
-
-
-# ---- layout of a new archive
 
 
 @dataclass(frozen=True, slots=True)
@@ -445,7 +418,6 @@ class Literal:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the piece."""
         return len(self.data)
 
 
@@ -526,10 +498,10 @@ def layout_torch_zip(specs: Sequence[TensorSpec], same_storage: Mapping[str, str
         InvalidInput: a name occurs twice, or is to share the bytes of something that is not earlier, or of another type or size.
     """
     owners = _storage_owners(specs, same_storage)
-    stored = [spec for spec in specs if owners[spec.name] == spec.name]
+    stored = [spec for spec in specs if owners[spec.name] is spec]
     keys = {spec.name: str(index) for index, spec in enumerate(stored)}
     contents: list[tuple[str, bytes | TensorSpec]] = [
-        ("data.pkl", _state_pickle((spec, keys[owners[spec.name]]) for spec in specs)),
+        ("data.pkl", _state_pickle((spec, keys[owners[spec.name].name]) for spec in specs)),
         # `.format_version` is left out: it would let torch compute the places of storages from the habits of its own writer
         ("byteorder", b"little"),
         *((f"data/{keys[spec.name]}", spec) for spec in stored),
@@ -545,22 +517,20 @@ def layout_torch_zip(specs: Sequence[TensorSpec], same_storage: Mapping[str, str
         pieces.extend(added)
     sizes = {spec.name: spec.size_bytes for spec in stored}
     end = Directory(len(_directory(entries, dict.fromkeys(sizes, 0), at)))
-    tensors = tuple(StoredTensor(spec, file, places[owners[spec.name]]) for spec in specs)
+    tensors = tuple(StoredTensor(spec, file, places[owners[spec.name].name]) for spec in specs)
     return ZipLayout(file, at + end.size_bytes, tensors, (*pieces, end), tuple(entries), sizes)
 
 
-def _storage_owners(specs: Sequence[TensorSpec], same_storage: Mapping[str, str]) -> dict[str, str]:
-    """For every name the tensor under which its bytes are stored."""
-    earlier: dict[str, TensorSpec] = {}
-    owners: dict[str, str] = {}
+def _storage_owners(specs: Sequence[TensorSpec], same_storage: Mapping[str, str]) -> dict[str, TensorSpec]:
+    """For every name the tensor whose storage it lies in."""
+    owners: dict[str, TensorSpec] = {}
     for spec in specs:
-        if spec.name in earlier:
+        owner = owners.get(same_storage[spec.name]) if spec.name in same_storage else spec
+        if spec.name in owners:
             raise InvalidInput("specs", spec.name, "occurs twice")
-        other = earlier.get(same_storage[spec.name]) if spec.name in same_storage else spec
-        if other is None or (other.dtype, other.size_bytes) != (spec.dtype, spec.size_bytes):
+        if owner is None or (owner.dtype, owner.size_bytes) != (spec.dtype, spec.size_bytes):
             raise InvalidInput("same_storage", spec.name, "needs an earlier tensor of the same type and size")
-        earlier[spec.name] = spec
-        owners[spec.name] = owners.get(other.name, spec.name)
+        owners[spec.name] = owner
     return owners
 
 
@@ -584,11 +554,7 @@ def _local_header(entry: _Entry, crc32: int) -> bytes:
 
 def _directory(entries: Sequence[_Entry], crc32: Mapping[str, int], start: int) -> bytes:
     """The central directory that begins at byte `start`, with its end records; the 64-bit ones always, as torch does."""
-    headers = []
-    for entry in entries:
-        content = entry.content
-        checksum = zlib.crc32(content) if isinstance(content, bytes) else crc32[content.name]
-        headers.append(_central_header(entry, checksum))
+    headers = [_central_header(entry, crc32) for entry in entries]
     count, size = len(entries), sum(map(len, headers))
     headers.append(_END64.pack(_END64_MARK, _END64.size - 12, 45, 45, 0, 0, count, count, size, start))
     headers.append(_LOCATOR.pack(_LOCATOR_MARK, 0, start + size, 1))
@@ -596,39 +562,33 @@ def _directory(entries: Sequence[_Entry], crc32: Mapping[str, int], start: int) 
     return b"".join(headers) + _END.pack(_END_MARK, 0, 0, *shown, 0)
 
 
-def _central_header(entry: _Entry, crc32: int) -> bytes:
+def _central_header(entry: _Entry, crc32: Mapping[str, int]) -> bytes:
+    checksum = zlib.crc32(entry.content) if isinstance(entry.content, bytes) else crc32[entry.content.name]
     wide = [number for number in (entry.size_bytes, entry.size_bytes, entry.header_at) if number >= _MAX32]
     extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
     version = 45 if wide else 20
     places = 0, 0, 0, 0, min(entry.header_at, _MAX32)
-    head = _CENTRAL.pack(_CENTRAL_MARK, version, *entry.fields(version, crc32, extra), *places)
+    head = _CENTRAL.pack(_CENTRAL_MARK, version, *entry.fields(version, checksum, extra), *places)
     return head + entry.path + extra
 
 
-# ---- the pickle of a new archive, in protocol 2 as torch writes it
-
-
 def _state_pickle(tensors: Iterable[tuple[TensorSpec, str]]) -> bytes:
-    """A dict of names to tensors, each with the key of its storage."""
+    """A dict of names to tensors, each with the key of its storage; in protocol 2, as torch writes it."""
     items = b"".join(_plain(spec.name) + _tensor_pickle(spec, key) for spec, key in tensors)
     return pickle.PROTO + b"\2" + pickle.EMPTY_DICT + pickle.MARK + items + pickle.SETITEMS + pickle.STOP
 
 
 def _tensor_pickle(spec: TensorSpec, key: str) -> bytes:
     """The call that rebuilds a tensor from its storage; torch has no storage classes for its newer dtypes and names those apart."""
-    if name := _STORAGE_CLASSES.get(spec.dtype):
-        storage_class, elements, call, dtype = _global("torch", name), spec.elements, "_rebuild_tensor_v2", b""
-    else:
-        storage_class, elements, call = (
-            _global("torch.storage", "UntypedStorage"),
-            spec.size_bytes,
-            "_rebuild_tensor_v3",
-        )
-        dtype = _global("torch", spec.dtype.long_name)
-    storage = _tuple(_plain("storage"), storage_class, _plain(key), _plain("cpu"), _plain(elements)) + pickle.BINPERSID
+    name = _STORAGE_CLASSES.get(spec.dtype)
+    storage_class = _global("torch", name) if name else _global("torch.storage", "UntypedStorage")
+    place = _plain(key) + _plain("cpu") + _plain(spec.elements if name else spec.size_bytes)
+    storage = pickle.MARK + _plain("storage") + storage_class + place + pickle.TUPLE + pickle.BINPERSID
     view = _plain(0) + _plain(spec.shape) + _plain(_row_major(spec.shape))
     hooks = _global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
-    return _global("torch._utils", call) + _tuple(storage, view, pickle.NEWFALSE, hooks, dtype) + pickle.REDUCE
+    dtype = b"" if name else _global("torch", spec.dtype.long_name)
+    rebuild = _global("torch._utils", "_rebuild_tensor_v2" if name else "_rebuild_tensor_v3")
+    return rebuild + pickle.MARK + storage + view + pickle.NEWFALSE + hooks + dtype + pickle.TUPLE + pickle.REDUCE
 
 
 def _plain(value: str | int | tuple[int, ...]) -> bytes:
@@ -638,7 +598,3 @@ def _plain(value: str | int | tuple[int, ...]) -> bytes:
 
 def _global(module: str, name: str) -> bytes:
     return pickle.GLOBAL + f"{module}\n{name}\n".encode()
-
-
-def _tuple(*items: bytes) -> bytes:
-    return pickle.MARK + b"".join(items) + pickle.TUPLE

@@ -48,6 +48,10 @@ class Blobs:
         """The blobs that nothing needs any more."""
         return [Digest(text) for text in self._session.scalars(_unreferenced().order_by(BlobRow.digest))]
 
+    def needed(self) -> set[Digest]:
+        """The blobs that something needs."""
+        return {Digest(text) for text in self._session.scalars(select(BlobRow.digest))} - set(self.unreferenced())
+
     def forget(self, digests: Iterable[Digest]) -> None:
         """Delete the rows of blobs, so that their objects may go.
 

@@ -28,7 +28,7 @@ from sqlalchemy import (
     select,
     text,
 )
-from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
 from registry.db.tables import Table
@@ -68,7 +68,7 @@ def _engine(url: str | URL, *, foreign_keys: bool) -> Engine:
         # isolation_level None: the driver leaves BEGIN to us
         arguments = {"timeout": BUSY_TIMEOUT_SECONDS, "isolation_level": None}
         engine = create_engine(parsed, connect_args=arguments)
-    except (DBAPIError, ImportError, ValueError) as error:
+    except (ArgumentError, ImportError, ValueError) as error:
         raise InvalidSetting("database_url", str(url), str(error)) from error
 
     @event.listens_for(engine, "connect")
@@ -239,6 +239,7 @@ def alembic_config(connection: Connection) -> Any:
 
 def _migrate(url: URL) -> None:
     from alembic import command  # noqa: PLC0415 - as above
+    from alembic.util import CommandError  # noqa: PLC0415 - as above
 
     # SQLite rebuilds a table to change it, and dropping the old one would delete the rows that refer to it
     engine = _engine(url, foreign_keys=False)
@@ -248,6 +249,8 @@ def _migrate(url: URL) -> None:
             command.upgrade(alembic_config(connection), "head")
             if connection.dialect.name == "sqlite" and connection.exec_driver_sql("PRAGMA foreign_key_check").first():
                 raise DatabaseVersion("database", "the upgrade would break references; nothing was changed")
+    except CommandError as error:
+        raise DatabaseVersion("database", f"cannot be upgraded: {error}") from error
     finally:
         engine.dispose()
 

@@ -2,32 +2,50 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from registry.changes import Resolution
-from registry.errors import NotACheckpoint
+from registry.errors import NotACheckpoint, UnreadableFile
 from registry.formats.adapter import Adapter, Found
-from registry.formats.litgpt import find_litgpt, is_litgpt, read_litgpt
+from registry.formats.litgpt import is_litgpt, places_in_litgpt, read_litgpt
 from registry.formats.litgpt_resolve import resolve_litgpt
-from registry.formats.peft import find_peft, is_peft, read_peft
+from registry.formats.peft import is_peft, places_in_peft, read_peft
 from registry.formats.peft_resolve import resolve_peft
 from registry.locations import Location
 from registry.manifest import BaseModel, Format
 
-__all__ = ["Adapter", "Found", "find_checkpoints", "read_adapter", "resolve"]
+__all__ = ["Adapter", "Found", "Search", "find_checkpoints", "read_adapter", "resolve"]
 
 
-def find_checkpoints(location: Location) -> list[Found]:
-    """The checkpoint that a folder is, or every checkpoint of the run that it holds, oldest first.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Search:
+    """The checkpoints of a place, oldest first, and those of a run that are there but damaged (a killed run leaves its last one so)."""
+
+    found: tuple[Found, ...]
+    unreadable: tuple[UnreadableFile, ...] = ()
+
+
+def find_checkpoints(location: Location) -> Search:
+    """The checkpoint that a folder is, or every checkpoint of the run that it holds.
 
     Raises:
         NotACheckpoint: neither.
-        CorruptFile, UnsafePickle: a checkpoint's file is damaged or dangerous.
+        CorruptFile, UnsafePickle: the only checkpoint there is damaged or dangerous.
     """
     files = location.files()
-    found = find_peft(location, files) or find_litgpt(location, files)
-    if not found:
+    places = places_in_peft(location, files) or places_in_litgpt(location, files)
+    if not places:
         reason = "no adapter_config.json and no lit_model.pth.lora, .adapter or .adapter_v2, here or one level below"
         raise NotACheckpoint(location.url, "an empty folder" if not files else reason)
-    return found
+    found, unreadable = [], []
+    for place in places:
+        try:
+            found.append(place())
+        except UnreadableFile as error:
+            unreadable.append(error)
+    if not found:
+        raise unreadable[0]
+    return Search(found=tuple(found), unreadable=tuple(unreadable))
 
 
 def read_adapter(location: Location) -> Adapter:

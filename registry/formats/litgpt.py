@@ -9,7 +9,8 @@ import csv
 import io
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from registry.errors import NotACheckpoint, PathNotFound
@@ -84,19 +85,24 @@ def _own_files(files: Mapping[str, int], weights: str) -> tuple[str, ...]:
     return tuple(path for path in files if "/" not in path and (path != _FULL_WEIGHTS or weights == _FULL_WEIGHTS))
 
 
-def find_litgpt(location: Location, files: Mapping[str, int]) -> list[Found]:
-    """Every `step-*` and then `final` of an output folder in order, or the single one that the folder is.
+def places_in_litgpt(location: Location, files: Mapping[str, int]) -> list[Callable[[], Found]]:
+    """Readers of every `step-*` and then `final` of an output folder, or of the single one that the folder is.
 
     Empty when there is no litgpt adapter here or one level below.
     """
     if is_litgpt(files):
         parent = location.url.rstrip("/").rpartition("/")[0]
-        return [_found(location, _parent_of(location), run_url=parent)]
+        return [partial(_found, location.url, _parent_of(location), run_url=parent)]
     folders = {path.split("/")[0] for path in files if path.count("/") == 1}
     steps = sorted((int(match[1]), name) for name in folders if (match := _STEP_FOLDER.fullmatch(name)))
     names = [name for _, name in steps] + (["final"] if "final" in folders else [])
-    inside = {name: open_location(f"{location.url}/{name}") for name in names}
-    return [_found(step, location, run_url=location.url) for step in inside.values() if is_litgpt(step.files())]
+    return [
+        partial(_found, f"{location.url}/{name}", location, run_url=location.url)
+        for name in names
+        if is_litgpt(
+            {path.removeprefix(f"{name}/"): size for path, size in files.items() if path.startswith(f"{name}/")}
+        )
+    ]
 
 
 def _parent_of(location: Location) -> Location | None:
@@ -110,7 +116,8 @@ def _parent_of(location: Location) -> Location | None:
         return None
 
 
-def _found(location: Location, run_folder: Location | None, run_url: str) -> Found:
+def _found(url: str, run_folder: Location | None, run_url: str) -> Found:
+    location = open_location(url)
     adapter = read_litgpt(location)
     own_name = location.url.rstrip("/").rsplit("/", 1)[-1]
     folder_step = _STEP_FOLDER.fullmatch(own_name)
@@ -174,7 +181,10 @@ def _metrics(
     metrics = []
     if losses := [row["loss"] for row in trained if int(row["step"]) == iteration]:
         metrics.append(Metric(name="loss", value=losses[-1], step=found_step, split="train"))
-    for name in ("val_loss", "val_ppl"):
-        if validated and name in validated[-1]:
-            metrics.append(Metric(name=name, value=validated[-1][name], step=found_step, split="val"))
+    last = validated[-1] if validated else {}
+    metrics += [
+        Metric(name=name, value=last[name], step=found_step, split="val")
+        for name in ("val_loss", "val_ppl")
+        if name in last
+    ]
     return found_step, tuple(metrics)

@@ -6,7 +6,8 @@ Key grammar and configuration fields as PEFT 0.21 writes them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from registry.errors import NotACheckpoint
@@ -87,20 +88,19 @@ def _is_foreign(folder: str) -> bool:
     return folder in _NOT_PART_OF_IT or folder.startswith("checkpoint-")
 
 
-def find_peft(location: Location, files: Mapping[str, int]) -> list[Found]:
-    """Every checkpoint of a training run's folder in the order of steps, or the one that the folder is; the newest last.
+def places_in_peft(location: Location, files: Mapping[str, int]) -> list[Callable[[], Found]]:
+    """Readers of every checkpoint of a training run's folder in the order of steps, the folder's own last; of just that if there is no other.
 
     Empty when there is no PEFT adapter here or one level below.
     """
-    steps = {path.split("/")[0] for path in files if re.fullmatch(rf"[^/]+/{CONFIG_FILE}", path)}
-    numbered = sorted((int(match[1]), name) for name in steps if (match := _STEP_FOLDER.fullmatch(name)))
-    found = [_found(open_location(f"{location.url}/{name}"), run_of=location) for _, name in numbered]
-    if is_peft(files):
-        found.append(_found(location, run_of=None))
-    return found
+    folders = {path.split("/")[0] for path in files if re.fullmatch(rf"[^/]+/{CONFIG_FILE}", path)}
+    numbered = sorted((int(match[1]), name) for name in folders if (match := _STEP_FOLDER.fullmatch(name)))
+    places = [partial(_found, f"{location.url}/{name}", run_of=location) for _, name in numbered]
+    return [*places, partial(_found, location.url, run_of=None)] if is_peft(files) else list(places)
 
 
-def _found(location: Location, run_of: Location | None) -> Found:
+def _found(url: str, run_of: Location | None) -> Found:
+    location = open_location(url)
     adapter = read_peft(location)
     parent, name = _last_parts(location.url)
     folder_step = _STEP_FOLDER.fullmatch(name)

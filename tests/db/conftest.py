@@ -17,7 +17,7 @@ from registry.manifest import BaseFile, BaseFormat, BaseModel, Fingerprint
 from registry.tensors import DType, StoredTensor, TensorSpec
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from factories import NOON, digest  # noqa: E402 - found through the line above
+from factories import NOON, digest
 
 BaseMaker = Callable[..., BaseModel]
 

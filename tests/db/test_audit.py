@@ -7,7 +7,7 @@ from math import nan
 
 import pytest
 from factories import NOON, digest
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 
 from registry.db.catalog import Catalog
 from registry.db.schema import reading, writing
@@ -26,7 +26,7 @@ def history(engine: Engine) -> Engine:
 def tamper(engine: Engine, *statements: str) -> None:
     with writing(engine) as session:
         for statement in statements:
-            session.execute(text(statement))
+            session.connection().exec_driver_sql(statement)
 
 
 def test_events_come_back_as_they_were_appended(history: Engine) -> None:

@@ -14,7 +14,8 @@ import pytest
 from alembic import command
 from alembic.script import ScriptDirectory
 from factories import NOON, checkpoint
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, event, text
+from sqlalchemy.orm import Session
 
 from registry.db.catalog import Catalog
 from registry.db.schema import (
@@ -121,7 +122,7 @@ def test_a_database_of_something_else_is_refused(database: Path, tmp_path: Path)
 
 def test_an_older_database_is_copied_before_the_upgrade(database: Path, tmp_path: Path) -> None:
     set_revision(database, "0000")  # a revision that the migrations do not know: the upgrade itself must fail
-    with pytest.raises(Exception, match="0000"):
+    with pytest.raises(DatabaseVersion, match="cannot be upgraded"):
         upgrade(f"sqlite:///{database}", tmp_path / "backups")
     (copy,) = (tmp_path / "backups").iterdir()
     assert copy.name.startswith("ckpt-0000-2")
@@ -168,19 +169,22 @@ def test_urls_that_cannot_be_used(url: str, tmp_path: Path) -> None:
 
 
 def test_a_full_disk(engine: Engine) -> None:
+    @event.listens_for(engine, "connect")
+    def _forbid_growth(connection: sqlite3.Connection, _record: object) -> None:
+        connection.execute("PRAGMA max_page_count = 1")  # never less than there are
+
+    large = checkpoint(tags={f"key-{i}": "x" * 20_000 for i in range(10)})
     with pytest.raises(StorageFailed, match="full"), writing(engine) as session:
-        pages = session.execute(text("PRAGMA page_count")).scalar()
-        session.execute(text(f"PRAGMA max_page_count = {pages}"))
-        Catalog(session).checkpoints.add(checkpoint(source="x" * 4000, run="y" * 300))
-        for i in range(50):
-            added = Catalog(session).checkpoints.all()[0]
-            Catalog(session).checkpoints.add_note(added, Note(text="n" * 9000, author=str(i), created_at=NOON))
+        Catalog(session).checkpoints.add(large)
 
 
 def test_an_error_leaves_nothing_behind(engine: Engine) -> None:
-    with pytest.raises(KeyError), writing(engine) as session:
+    def fail(session: Session) -> None:
         Catalog(session).checkpoints.add(checkpoint())
         raise KeyError
+
+    with pytest.raises(KeyError), writing(engine) as session:
+        fail(session)
     with reading(engine) as session:
         assert Catalog(session).checkpoints.count() == 0
         Catalog(session).checkpoints.add(checkpoint())
@@ -193,8 +197,8 @@ def test_broken_rules_are_told_by_name(engine: Engine) -> None:
         added = Catalog(session).checkpoints.add(checkpoint())
     with pytest.raises(NameTaken, match="checkpoints_adapter_id_digest"), writing(engine) as session:
         Catalog(session).checkpoints.add(checkpoint())
+    note = Note(text="x" * 20_001, author="ada", created_at=NOON)
     with pytest.raises(InvalidInput, match="notes_text_length"), writing(engine) as session:
-        note = Note(text="x" * 20_001, author="ada", created_at=NOON)
         Catalog(session).checkpoints.add_note(added, note)
     with pytest.raises(InUse), writing(engine) as session:
         session.execute(text("DELETE FROM bases"))
@@ -208,13 +212,15 @@ def test_naive_times_are_refused(engine: Engine) -> None:
         Catalog(session).checkpoints.add(checkpoint(created_at=naive))
 
 
-def test_a_lock_held_for_too_long(database: Path) -> None:
-    impatient = open_engine(f"sqlite:///{database}?timeout=0.1")
+def test_a_lock_held_for_too_long(database: Path, engine: Engine) -> None:
+    @event.listens_for(engine, "connect")
+    def _be_impatient(connection: sqlite3.Connection, _record: object) -> None:
+        connection.execute("PRAGMA busy_timeout = 50")
+
     with closing(sqlite3.connect(database, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(Conflict, match="locked"), writing(impatient):
+        with pytest.raises(Conflict, match="locked"), writing(engine):
             pass
-    impatient.dispose()
 
 
 def test_writers_wait_and_readers_do_not(engine: Engine) -> None:

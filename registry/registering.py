@@ -1,0 +1,260 @@
+"""Register checkpoints: find them, match them with their base, store their files, record them. Blobs first, rows second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from registry.base_models import base_of_adapter, find_base
+from registry.compatibility import Facts, check
+from registry.errors import Changed, Conflict, InvalidInput, Refused, UnreadableFile
+from registry.formats import Found, find_checkpoints, read_adapter, resolve
+from registry.formats.adapter import TOKENIZER_FILES, Adapter
+from registry.locations import Location, local_folder, open_location
+from registry.manifest import BaseModel, Checkpoint, FileEntry, Manifest, Metric, Note, Report
+from registry.refs import AdapterName, check_name
+from registry.store import StoredFolder
+from registry.workspace import Change, Progress, Workspace, nothing_but, silent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registration:
+    """What the caller says about checkpoints; what is left empty, the files have to know.
+
+    `metrics`, `note` and `tags` are recorded beside what the files know. `step` is refused for a run with several checkpoints.
+    """
+
+    adapter: str = ""
+    base: str = ""
+    run: str = ""
+    step: int | None = None
+    metrics: tuple[Metric, ...] = ()
+    note: str = ""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    arch_version: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registered:
+    """A registered checkpoint; `created` is False when this content was registered before. `left_out`: files that were not taken, and why."""
+
+    checkpoint: Checkpoint
+    created: bool
+    report: Report
+    left_out: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Intake:
+    """The result of registering a place. `unreadable` are checkpoints of a run that are damaged; the others are registered all the same."""
+
+    registered: tuple[Registered, ...]
+    unreadable: tuple[UnreadableFile, ...]
+
+
+def register(workspace: Workspace, path: str, said: Registration, *, progress: Progress = silent) -> Intake:
+    """Register a checkpoint, or every checkpoint of a run in order.
+
+    All are checked before the first is stored. Doing it again changes nothing but adds what is said anew.
+
+    Args:
+        path: of a checkpoint's folder, a run's, or the weights file in it; or an fsspec URL.
+
+    Raises:
+        PathNotFound, NotACheckpoint, CorruptFile, UnsafePickle: nothing there that can be registered.
+        UnknownBase: the base model was not found.
+        Refused: an adapter does not fit its base; carries every finding.
+        Conflict: this content is registered already, on another base.
+    """
+    search = find_checkpoints(_folder(path))
+    _check_words(said, len(search.found))
+    bases: dict[str, BaseModel] = {}
+    checked = [(found, *_match(workspace, found, said, bases, progress)) for found in search.found]
+    for _, _, report in checked:
+        if report.misfits:
+            raise Refused(report)
+    total = sum(found.location.files()[file] for found in search.found for file in found.adapter.files)
+    registered = [
+        _register_one(workspace, found, base, report, said=said, advance=lambda done: progress("storing", done, total))
+        for found, base, report in checked
+    ]
+    return Intake(registered=tuple(registered), unreadable=search.unreadable)
+
+
+def _folder(path: str) -> Location:
+    folder = local_folder(path)
+    if folder is not None and folder.is_file():
+        return open_location(str(folder.parent))
+    return open_location(path)
+
+
+def _check_words(said: Registration, count: int) -> None:
+    if said.adapter:
+        AdapterName.parse(said.adapter)
+    if said.run:
+        check_name(said.run)
+    for key in said.tags:
+        check_name(key)
+    if count > 1 and said.step is not None:
+        raise InvalidInput("step", said.step, f"there are {count} checkpoints in this run, each with its own step")
+    if count > 1 and said.metrics:
+        raise InvalidInput(
+            "metric", said.metrics[0].name, f"there are {count} checkpoints in this run: register one at a time"
+        )
+
+
+def _match(
+    workspace: Workspace, found: Found, said: Registration, bases: dict[str, BaseModel], progress: Progress
+) -> tuple[BaseModel, Report]:
+    key = said.base or found.adapter.base_name
+    if key not in bases:
+        if said.base:
+            bases[key] = find_base(workspace, said.base, arch_version=said.arch_version, progress=progress)
+        else:
+            bases[key] = base_of_adapter(
+                workspace, found.adapter, found.location.url, arch_version=said.arch_version, progress=progress
+            )
+    base = bases[key]
+    report = check(found.location.url, found.adapter, base, resolve(found.adapter, base), trained=None, facts=Facts())
+    if said.arch_version and base.arch_version and said.arch_version != base.arch_version:
+        raise Conflict(base.name, f"recorded as architecture version {base.arch_version}, not {said.arch_version}")
+    return base, report
+
+
+def _register_one(
+    workspace: Workspace,
+    found: Found,
+    base: BaseModel,
+    report: Report,
+    *,
+    said: Registration,
+    advance: Callable[[int], None],
+) -> Registered:
+    entries = _store_files(workspace, found, advance)
+    manifest = _manifest(found.adapter, entries)
+    _check_unchanged(workspace, found, entries)
+    with workspace.writing() as change:
+        workspace.check_stored(entries)
+        checkpoint = _checkpoint(change, found, base, manifest, said)
+        known = change.catalog.checkpoints.find(checkpoint.adapter, manifest.digest)
+        if known is not None:
+            return Registered(
+                checkpoint=_say_again(change, known, checkpoint),
+                created=False,
+                report=report,
+                left_out=found.left_out,
+            )
+        added = change.catalog.checkpoints.add(checkpoint)
+        change.record(
+            "register",
+            added.ref,
+            digest=added.digest.hex,
+            base=base.digest.hex,
+            **nothing_but({"source": added.source}),
+        )
+    return Registered(checkpoint=added, created=True, report=report, left_out=found.left_out)
+
+
+def _store_files(workspace: Workspace, found: Found, advance: Callable[[int], None]) -> tuple[FileEntry, ...]:
+    entries = []
+    for path in found.adapter.files:
+        blob = workspace.store.put_file(found.location, path)
+        entries.append(FileEntry(path=path, size_bytes=blob.size_bytes, digest=blob.digest, sha256=blob.sha256))
+        advance(blob.size_bytes)
+    return tuple(entries)
+
+
+def _check_unchanged(workspace: Workspace, found: Found, entries: Sequence[FileEntry]) -> None:
+    """What was stored must be what was checked: a trainer may have written a newer file in between."""
+    stored = read_adapter(StoredFolder(workspace.store, entries))
+    if stored.tensors != found.adapter.tensors or stored.config != found.adapter.config:
+        raise Changed(found.location.url, "the files that were checked", "newer ones: something is writing there")
+
+
+def _manifest(adapter: Adapter, entries: tuple[FileEntry, ...]) -> Manifest:
+    return Manifest(
+        format=adapter.format,
+        method=adapter.method,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        scaling=adapter.scaling,
+        targets=adapter.targets,
+        dtype=adapter.dtype,
+        parameters=adapter.parameters,
+        tensors=len(adapter.tensors),
+        weights_file=adapter.weights_file,
+        base_name=adapter.base_name,
+        files=entries,
+        tokenizer=any(entry.path in TOKENIZER_FILES for entry in entries),
+    )
+
+
+def _checkpoint(change: Change, found: Found, base: BaseModel, manifest: Manifest, said: Registration) -> Checkpoint:
+    adapter = AdapterName.parse(said.adapter) if said.adapter else _usable_name(found.adapter_name)
+    own = {metric.name for metric in said.metrics}
+    notes = (Note(text=said.note, author=change.author, created_at=change.at),) if said.note else ()
+    return Checkpoint(
+        adapter=adapter,
+        version=1,  # the catalog gives the next one
+        digest=manifest.digest,
+        manifest=manifest,
+        base=base.digest,
+        base_name=base.name,
+        architecture=base.fingerprint.architecture,
+        arch_version=said.arch_version or base.arch_version,
+        run=said.run or found.run,
+        step=said.step if said.step is not None else found.step,
+        source=found.location.url,
+        created_at=change.at,
+        author=change.author,
+        metrics=(*(metric for metric in found.metrics if metric.name not in own), *said.metrics),
+        notes=notes,
+        tags=said.tags,
+    )
+
+
+def _usable_name(text: str) -> AdapterName:
+    """A name from a folder's: what names cannot have becomes `-`; `adapter-` goes before what would read as something else."""
+    parts = [_clean(part) for part in text.split("/")[-2:]]
+    try:
+        return AdapterName.parse("/".join(parts))
+    except InvalidInput:
+        return AdapterName.parse(f"adapter-{parts[-1]}".rstrip("-"))
+
+
+def _clean(text: str) -> str:
+    kept = "".join(
+        character if character.isascii() and (character.isalnum() or character in "._-") else "-" for character in text
+    )
+    while ".." in kept:
+        kept = kept.replace("..", ".")
+    return kept.strip("._-")[:80].strip("._-")
+
+
+def _say_again(change: Change, known: Checkpoint, again: Checkpoint) -> Checkpoint:
+    """Registered before: the same base it must be; metrics, notes and tags that are new are added."""
+    if known.base != again.base:
+        raise Conflict(known.ref, f"this content is registered on the base model {known.base_name}")
+    if again.arch_version and known.arch_version and again.arch_version != known.arch_version:
+        raise Conflict(known.ref, f"this content is registered for architecture version {known.arch_version}")
+    told: dict[str, object] = {}
+    _add_metrics(change, known, again, told)
+    checkpoints = change.catalog.checkpoints
+    for note in again.notes:
+        if note.text not in {before.text for before in known.notes}:
+            checkpoints.add_note(known, note)
+            told["note"] = note.text
+    for key, value in again.tags.items():
+        if known.tags.get(key) != value:
+            checkpoints.set_tag(known, key, value)
+            told[f"tag {key}"] = value
+    if told:
+        change.record("annotate", known.ref, **told)
+    return checkpoints.find(known.adapter, known.digest) or known
+
+
+def _add_metrics(change: Change, known: Checkpoint, again: Checkpoint, told: dict[str, object]) -> None:
+    for metric in again.metrics:
+        if known.metric(metric.name) is None:
+            change.catalog.checkpoints.add_metric(known, metric, change.author, change.at)
+            told[f"metric {metric.name}"] = metric.value

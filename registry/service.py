@@ -1,0 +1,367 @@
+"""The registry's use cases: one method a verb, the same verbs as the command line's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import final
+
+from registry import base_models, merging
+from registry.base_models import AddedBase, Verification
+from registry.errors import Ambiguous, Conflict, NotFound, UnknownCheckpoint, UnknownEnvironment
+from registry.filters import Filter
+from registry.manifest import (
+    BaseModel,
+    Checkpoint,
+    Direction,
+    Event,
+    Merged,
+    Metric,
+    Note,
+    Report,
+    Shipment,
+)
+from registry.merge.plan import Plan
+from registry.merging import Examined, MergeResult
+from registry.pulling import pull
+from registry.refs import AdapterName, CheckpointRef, check_label, check_name
+from registry.registering import Intake, Registration, register
+from registry.selection import Grouping, Ranking, best
+from registry.settings import Settings
+from registry.sweeping import Swept, sweep
+from registry.tensors import DType
+from registry.workspace import Progress, Workspace, silent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Details:
+    """A checkpoint with what it comes from and what came of it. `report` is None when base or files cannot be read; `problem` says why."""
+
+    checkpoint: Checkpoint
+    base: BaseModel
+    report: Report | None
+    problem: str
+    merged: tuple[Merged, ...]
+    shipments: tuple[Shipment, ...]
+    previous: str
+    following: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """What a merge would do, before it does anything."""
+
+    examined: Examined
+    plan: Plan
+
+
+@final
+class Registry:
+    """A registry in this process. Use `registry.connect()` to make one; it is a context manager."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._workspace = Workspace(settings)
+
+    @property
+    def settings(self) -> Settings:
+        """Where everything is."""
+        return self._workspace.settings
+
+    def close(self) -> None:
+        """Release the database."""
+        self._workspace.close()
+
+    def __enter__(self) -> Registry:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- register
+
+    def register(self, path: str, said: Registration | None = None, *, progress: Progress = silent) -> Intake:
+        """Register a checkpoint or a whole run; see `registry.registering.register`."""
+        return register(self._workspace, path, said or Registration(), progress=progress)
+
+    # -- find
+
+    def checkpoints(self, adapter: str = "", where: Filter | None = None) -> list[Checkpoint]:
+        """Checkpoints by adapter and version, filtered.
+
+        Raises:
+            UnknownAdapter: no adapter of this name.
+        """
+        name = AdapterName.parse(adapter) if adapter else None
+        with self._workspace.reading() as catalog:
+            found = catalog.checkpoints.all(name)
+        return [checkpoint for checkpoint in found if where is None or where.matches(checkpoint)]
+
+    def best(
+        self,
+        checkpoints: Sequence[Checkpoint],
+        *,
+        metric: str | None = None,
+        direction: Direction | None = None,
+        per: Grouping | None = None,
+        top: int = 1,
+    ) -> Ranking:
+        """Rank checkpoints by a metric; see `registry.selection.best`."""
+        return best(checkpoints, metric=metric, direction=direction, per=per, top=top)
+
+    def resolve(self, text: str) -> Checkpoint:
+        """The checkpoint that a reference means.
+
+        Raises:
+            InvalidReference: not a reference.
+            UnknownAdapter, UnknownCheckpoint, UnknownMetric, DirectionUnknown: nothing answers to it.
+            Ambiguous: a digest prefix that fits several.
+        """
+        ref = CheckpointRef.parse(text)
+        with self._workspace.reading() as catalog:
+            if ref.selector != "best":
+                return catalog.checkpoints.resolve(ref)
+            candidates = catalog.checkpoints.all(ref.adapter)
+        return best(candidates, metric=ref.value or None).groups[0].checkpoints[0]
+
+    def subject(self, text: str) -> Checkpoint | Merged:
+        """The checkpoint, or merged model (by a prefix of its digest), that a text means.
+
+        Raises:
+            Ambiguous: the prefix fits both.
+            InvalidReference, NotFound: as `resolve`.
+        """
+        ref = CheckpointRef.parse(text)
+        if not ref.digest_prefix:
+            return self.resolve(text)
+        found: list[Checkpoint | Merged] = []
+        with self._workspace.reading() as catalog:
+            for look_up in (
+                lambda: catalog.checkpoints.resolve(ref),
+                lambda: catalog.merged.resolve(ref.digest_prefix),
+            ):
+                try:
+                    found.append(look_up())
+                except NotFound:
+                    continue
+        if not found:
+            raise UnknownCheckpoint(text)
+        if len(found) > 1:
+            raise Ambiguous(text, [f"{type(item).__name__.lower()} {item.digest.short}" for item in found])
+        return found[0]
+
+    def details(self, checkpoint: Checkpoint) -> Details:
+        """A checkpoint with its compatibility and lineage."""
+        with self._workspace.reading() as catalog:
+            base = catalog.bases.find(checkpoint.base.hex)
+            merged = catalog.merged.of(checkpoint)
+            shipments = [each for each in catalog.shipments.all() if each.checkpoint == checkpoint.ref]
+            run = [each for each in catalog.checkpoints.all(checkpoint.adapter) if each.run == checkpoint.run]
+        try:
+            report, problem = merging.glance(self._workspace, checkpoint, base), None
+        except NotFound as error:
+            report, problem = None, error
+        at = next(index for index, each in enumerate(run) if each.version == checkpoint.version)
+        return Details(
+            checkpoint=checkpoint,
+            base=base,
+            report=report,
+            problem=str(problem or ""),
+            merged=tuple(merged),
+            shipments=tuple(shipments),
+            previous=run[at - 1].ref if at else "",
+            following=run[at + 1].ref if at + 1 < len(run) else "",
+        )
+
+    # -- annotate
+
+    def note(self, checkpoint: Checkpoint, text: str) -> None:
+        """Add a note."""
+        if not text.strip():
+            raise Conflict(checkpoint.ref, "a note needs text")
+        with self._workspace.writing() as change:
+            note = Note(text=text, author=change.author, created_at=change.at)
+            change.catalog.checkpoints.add_note(checkpoint, note)
+            change.record("note", checkpoint.ref, text=text)
+
+    def tag(self, checkpoint: Checkpoint, tags: Mapping[str, str], remove: Sequence[str] = ()) -> None:
+        """Set tags, and take others away.
+
+        Raises:
+            NotFound: a tag to take away is not there; nothing is changed then.
+        """
+        with self._workspace.writing() as change:
+            for key, value in tags.items():
+                change.catalog.checkpoints.set_tag(checkpoint, check_name(key), value)
+            for key in remove:
+                change.catalog.checkpoints.remove_tag(checkpoint, key)
+            change.record("tag", checkpoint.ref, set=dict(tags), removed=list(remove))
+
+    def add_metrics(self, checkpoint: Checkpoint, metrics: Sequence[Metric]) -> None:
+        """Record measured numbers; of one name the last counts."""
+        with self._workspace.writing() as change:
+            for metric in metrics:
+                change.catalog.checkpoints.add_metric(checkpoint, metric, change.author, change.at)
+            change.record("metric", checkpoint.ref, **{metric.name: metric.value for metric in metrics})
+
+    def set_alias(self, checkpoint: Checkpoint, name: str) -> Checkpoint | None:
+        """Point an alias of the checkpoint's adapter to it; gives back where it pointed before."""
+        with self._workspace.writing() as change:
+            before = change.catalog.checkpoints.set_alias(checkpoint, check_label(name))
+            change.record("alias.set", checkpoint.ref, alias=name, before=before.ref if before else "")
+            return before
+
+    def remove_alias(self, adapter: str, name: str) -> Checkpoint:
+        """Take an alias away; gives back where it pointed."""
+        with self._workspace.writing() as change:
+            before = change.catalog.checkpoints.remove_alias(AdapterName.parse(adapter), name)
+            change.record("alias.remove", before.ref, alias=name)
+            return before
+
+    def remove(self, checkpoint: Checkpoint) -> None:
+        """Delete a checkpoint from the registry.
+
+        Raises:
+            InUse: it has an alias, was shipped, or is an input of a merge; names them all.
+        """
+        with self._workspace.writing() as change:
+            change.catalog.checkpoints.remove(checkpoint)
+            change.record("remove", checkpoint.ref, digest=checkpoint.digest.hex)
+
+    def history(self, subject: str = "", limit: int | None = None) -> list[Event]:
+        """What was changed, by whom, oldest first; of one adapter, checkpoint or base model, or of everything."""
+        with self._workspace.reading() as catalog:
+            events = catalog.events.all(subject)
+        whole = [
+            event
+            for event in events
+            if not subject or event.subject == subject or event.subject.startswith(f"{subject}@")
+        ]
+        return whole[-limit:] if limit else whole
+
+    def sweep(self, *, older_than: timedelta, dry_run: bool = False) -> Swept:
+        """Remove from the store what nothing refers to any more; see `registry.sweeping.sweep`."""
+        return sweep(self._workspace, older_than=older_than, dry_run=dry_run)
+
+    # -- base models
+
+    def add_base(
+        self, url: str, *, name: str = "", arch_version: str = "", copy: bool = False, progress: Progress = silent
+    ) -> AddedBase:
+        """Fingerprint and record a base model; see `registry.base_models.add_base`."""
+        return base_models.add_base(
+            self._workspace, url, name=name, arch_version=arch_version, copy=copy, progress=progress
+        )
+
+    def bases(self) -> list[BaseModel]:
+        """Every base model, by name."""
+        with self._workspace.reading() as catalog:
+            return catalog.bases.all()
+
+    def base(self, text: str) -> BaseModel:
+        """A base model by name or a prefix of its digest.
+
+        Raises:
+            UnknownBase, Ambiguous: none, or several.
+        """
+        with self._workspace.reading() as catalog:
+            return catalog.bases.find(text)
+
+    def verify_base(self, base: BaseModel, progress: Progress = silent) -> Verification:
+        """Read a base model whole and compare it with its fingerprint."""
+        return base_models.verify_base(self._workspace, base, progress)
+
+    # -- check and merge
+
+    def check(self, checkpoint: Checkpoint, base: str = "", progress: Progress = silent) -> Examined:
+        """Compare a checkpoint with the base model it was trained on, or with another one (name, digest, path or URL)."""
+        wanted = base or checkpoint.base.hex
+        found = base_models.find_base(self._workspace, wanted, progress=progress)
+        return merging.examine(self._workspace, checkpoint, found, progress)
+
+    def plan(self, checkpoint: Checkpoint, *, dtype: DType | None = None, progress: Progress = silent) -> Planned:
+        """What merging a checkpoint into its base would do.
+
+        Raises:
+            Refused: the check found a reason not to.
+        """
+        examined = self.check(checkpoint, progress=progress)
+        return Planned(examined=examined, plan=merging.plan_merge(self._workspace, examined, dtype))
+
+    def merge(
+        self, planned: Planned, *, out: str | None = None, note: str = "", progress: Progress = silent
+    ) -> MergeResult:
+        """Carry out a plan; see `registry.merging.merge`."""
+        return merging.merge(self._workspace, planned.examined, planned.plan, out=out, note=note, progress=progress)
+
+    def merged(self) -> list[Merged]:
+        """Every merged model, oldest first."""
+        with self._workspace.reading() as catalog:
+            return catalog.merged.all()
+
+    def pull(self, subject: Checkpoint | Merged, target: Path, progress: Progress = silent) -> None:
+        """Write a checkpoint's or merged model's exact files into a new folder; see `registry.pulling.pull`."""
+        pull(self._workspace, subject, target, progress)
+
+    # -- ship
+
+    def ship(self, subject: Checkpoint | Merged, environment: str, note: str = "") -> Shipment:
+        """Record that a checkpoint, or the merged model made of it, went live."""
+        with self._workspace.writing() as change:
+            merged = subject if isinstance(subject, Merged) else None
+            name = subject.checkpoints[0] if isinstance(subject, Merged) else subject.ref
+            checkpoint = change.catalog.checkpoints.resolve(CheckpointRef.parse(name))
+            shipment = change.catalog.shipments.add(
+                check_label(environment), checkpoint, merged, note=note, author=change.author, at=change.at
+            )
+            change.record("ship", checkpoint.ref, environment=environment, merged=merged.digest.hex if merged else "")
+            return shipment
+
+    def shipped(self, environment: str | None = None, at: datetime | None = None) -> list[Shipment]:
+        """What is live where, or was at a time.
+
+        Raises:
+            UnknownEnvironment: nothing was ever shipped there.
+        """
+        with self._workspace.reading() as catalog:
+            _check_environment(catalog.shipments.environments(), environment)
+            return catalog.shipments.live(environment, at)
+
+    def shipments(self, environment: str | None = None) -> list[Shipment]:
+        """Every shipment, oldest first.
+
+        Raises:
+            UnknownEnvironment: nothing was ever shipped there.
+        """
+        with self._workspace.reading() as catalog:
+            _check_environment(catalog.shipments.environments(), environment)
+            return catalog.shipments.all(environment)
+
+    def rollback(self, environment: str, adapter: str = "", note: str = "") -> tuple[Shipment, Shipment]:
+        """Bring back what was live before; repeated, it walks further back. Gives what was live and what is now.
+
+        Raises:
+            UnknownEnvironment: nothing was ever shipped there.
+            Ambiguous: several adapters are live there and none was named.
+            Conflict: nothing was live before.
+        """
+        with self._workspace.writing() as change:
+            shipments = change.catalog.shipments
+            _check_environment(shipments.environments(), environment)
+            live = sorted({each.checkpoint.partition("@")[0] for each in shipments.live(environment)})
+            if not adapter and len(live) > 1:
+                raise Ambiguous(environment, live)
+            current, target = shipments.rollback_target(environment, AdapterName.parse(adapter or live[0]))
+            checkpoint = change.catalog.checkpoints.resolve(CheckpointRef.parse(target.checkpoint))
+            merged = change.catalog.merged.resolve(target.merged.hex) if target.merged else None
+            restored = shipments.add(
+                environment, checkpoint, merged, note=note, author=change.author, at=change.at, restores=target.number
+            )
+            change.record("rollback", checkpoint.ref, environment=environment, before=current.checkpoint)
+            return current, restored
+
+
+def _check_environment(known: Sequence[str], environment: str | None) -> None:
+    if environment is not None and environment not in known:
+        raise UnknownEnvironment(environment, tuple(known))

@@ -1,0 +1,87 @@
+"""What every use case works with: the settings, the database, the store. The only place where sessions are opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, final
+
+from registry.db.catalog import Catalog
+from registry.db.schema import prepare, reading, writing
+from registry.fingerprint import DigestCache
+from registry.locations import Location
+from registry.manifest import Checkpoint, FileEntry, utc_now
+from registry.settings import Settings
+from registry.store import Store, StoredFolder
+
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, the bytes done since the last call, and the bytes there are in all."""
+
+
+def silent(what: str, done_bytes: int, total_bytes: int) -> None:
+    """The progress of who does not want to know."""
+    del what, done_bytes, total_bytes
+
+
+@final
+class Change:
+    """A write transaction: the catalog, and the history that each change is written to with it."""
+
+    def __init__(self, catalog: Catalog, author: str) -> None:
+        self.catalog = catalog
+        self.author = author
+        self.at = utc_now()
+
+    def record(self, action: str, subject: str, **detail: Any) -> None:
+        """Write an event; it is kept or lost together with the change it tells of."""
+        self.catalog.events.append(self.author, self.at, action, subject, detail)
+
+
+@final
+class Workspace:
+    """The embedded registry's parts. Opening it touches nothing; the database is prepared when it is first needed."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.store = Store(settings.store_url)
+        self.cache = DigestCache(settings.home / "cache" / "tensors")
+
+    @cached_property
+    def _engine(self) -> Any:
+        return prepare(self.settings.database_url, self.settings.home / "backups")
+
+    @contextmanager
+    def reading(self) -> Iterator[Catalog]:
+        """One consistent view of the database."""
+        with reading(self._engine) as session:
+            yield Catalog(session)
+
+    @contextmanager
+    def writing(self) -> Iterator[Change]:
+        """A transaction that is committed at the end, or not at all."""
+        with writing(self._engine) as session:
+            yield Change(Catalog(session), self.settings.author)
+
+    def folder_of(self, checkpoint: Checkpoint) -> Location:
+        """A checkpoint's files, as a folder."""
+        return StoredFolder(self.store, checkpoint.manifest.files, checkpoint.digest.hex)
+
+    def check_stored(self, entries: Iterable[FileEntry]) -> None:
+        """See, within a write transaction, that blobs about to be recorded are there: the sweep deletes only while it holds one itself.
+
+        Raises:
+            DamagedBlob: one was swept since it was stored; trying again stores it again.
+        """
+        for entry in entries:
+            self.store.size(entry.digest)
+
+    def close(self) -> None:
+        """Release the database."""
+        if "_engine" in vars(self):
+            self._engine.dispose()
+
+
+def nothing_but(values: Mapping[str, object]) -> dict[str, object]:
+    """The entries that say something, for the detail of an event."""
+    return {key: value for key, value in values.items() if value not in (None, "", (), {}, [])}
