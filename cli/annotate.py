@@ -1,0 +1,105 @@
+"""`ckpt note`, `tag`, `metric`, `alias`, `rm`, `gc`: what people add to checkpoints, and what they remove."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cli import output, parse
+from registry import connect
+from registry.errors import InvalidInput, InvalidReference
+from registry.refs import CheckpointRef
+
+metric_app = typer.Typer(no_args_is_help=True, help="Metrics of checkpoints.")
+alias_app = typer.Typer(no_args_is_help=True, help="Movable names inside an adapter: support-bot@candidate.")
+
+Ref = Annotated[str, typer.Argument(help="A checkpoint: name, name@v3, name@alias, name@best:METRIC, or a digest.")]
+
+
+def note(ref: Ref, text: Annotated[str, typer.Argument(help="What to remember.")]) -> None:
+    """Add a note to a checkpoint. Notes are never changed or removed."""
+    with connect() as registry:
+        checkpoint = registry.resolve(ref)
+        registry.note(checkpoint, text)
+    output.print_line(f"noted on {checkpoint.ref}")
+
+
+def tag(
+    ref: Ref,
+    tags: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Tags to set.")] = None,
+    remove: Annotated[
+        list[str] | None, typer.Option("--remove", metavar="KEY", help="A tag to remove. May be repeated.")
+    ] = None,
+) -> None:
+    """Set or remove tags of a checkpoint."""
+    wanted = parse.pairs(tags or (), "tag")
+    if not wanted and not remove:
+        raise InvalidInput("tag", ref, "say KEY=VALUE, or --remove KEY")
+    with connect() as registry:
+        checkpoint = registry.resolve(ref)
+        registry.tag(checkpoint, wanted, remove or ())
+    output.print_line(f"tagged {checkpoint.ref}")
+
+
+@metric_app.command("add")
+def metric_add(
+    ref: Ref,
+    values: Annotated[list[str], typer.Argument(metavar="NAME=VALUE...", help="Metrics to record.")],
+    step: Annotated[int | None, typer.Option(min=0, metavar="N", help="The step they were measured at.")] = None,
+    lower: Annotated[bool, typer.Option("--min", help="Lower is better.")] = False,
+    higher: Annotated[bool, typer.Option("--max", help="Higher is better.")] = False,
+) -> None:
+    """Record metrics of a checkpoint. Of one name the last recorded counts; earlier ones stay on record."""
+    if lower and higher:
+        raise InvalidInput("--min", "--max", "only one of them")
+    metrics = parse.metrics(values, step=step, direction="lower" if lower else "higher" if higher else None)
+    with connect() as registry:
+        checkpoint = registry.resolve(ref)
+        registry.add_metrics(checkpoint, metrics)
+    output.print_line(f"recorded {', '.join(metric.name for metric in metrics)} of {checkpoint.ref}")
+
+
+@alias_app.command("set")
+def alias_set(ref: Ref, alias: Annotated[str, typer.Argument(help="The alias, such as candidate.")]) -> None:
+    """Point an alias to a checkpoint."""
+    with connect() as registry:
+        checkpoint = registry.resolve(ref)
+        before = registry.set_alias(checkpoint, alias)
+    moved = f", before {before.ref}" if before else ""
+    output.print_line(f"{checkpoint.adapter}@{alias} is {checkpoint.ref}{moved}")
+
+
+@alias_app.command("rm")
+def alias_rm(ref: Annotated[str, typer.Argument(help="The alias with its adapter: support-bot@candidate.")]) -> None:
+    """Remove an alias."""
+    parsed = CheckpointRef.parse(ref)
+    if parsed.adapter is None or parsed.selector != "label":
+        raise InvalidReference(ref, "expected adapter@alias")
+    with connect() as registry:
+        before = registry.remove_alias(str(parsed.adapter), parsed.value)
+    output.print_line(f"removed {ref}, which was {before.ref}")
+
+
+def rm(ref: Ref, yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False) -> None:
+    """Remove a checkpoint. Refused while it has an alias, or when it was shipped or merged."""
+    with connect() as registry:
+        checkpoint = registry.resolve(ref)
+        if not output.confirm(f"remove {checkpoint.ref} ({checkpoint.digest.short})?", yes=yes):
+            raise typer.Exit(1)
+        registry.remove(checkpoint)
+    output.print_line(f"removed {checkpoint.ref}")
+    output.say("its files stay in the store until `ckpt gc`")
+
+
+def gc(
+    older_than: Annotated[
+        str, typer.Option(metavar="AGE", help="Spare what was stored within this time, such as 24h or 7d.")
+    ] = "24h",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+) -> None:
+    """Remove files from the store that nothing refers to any more."""
+    with connect() as registry:
+        swept = registry.sweep(older_than=parse.duration(older_than), dry_run=dry_run)
+    what = "would remove" if dry_run else "removed"
+    output.print_line(f"{what} {swept.blobs} files, {output.size(swept.size_bytes)}")

@@ -1,0 +1,110 @@
+"""`ckpt check`, `merge`, `pull`: from a checkpoint to a model that can be loaded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli import output, views
+from registry import connect
+from registry.errors import InvalidRecipe, Refused
+from registry.manifest import Level, to_json
+from registry.tensors import DType
+
+if TYPE_CHECKING:
+    from registry.service import Planned, Registry
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+_REFUSED = 4
+
+
+def check(
+    ref: Annotated[str, typer.Argument(help="A checkpoint.")],
+    base: Annotated[
+        str, typer.Option(metavar="REF", help="Another base model [default: the one it was trained on].")
+    ] = "",
+    json: Json = False,
+) -> None:
+    """Say whether a checkpoint goes with its base model and can be merged: every finding, not just the first. Exit code 4 when refused."""
+    with connect() as registry, output.progress() as progress:
+        report = registry.check(registry.resolve(ref), base, progress).report
+    if json:
+        output.print_json({**to_json(report), "verdict": report.verdict.value})
+    else:
+        views.print_report(report)
+        output.say(
+            f"{output.plain(report.checkpoint)} and {output.plain(report.base)}: [bold]{report.verdict.value}[/bold]"
+        )
+    if report.verdict is Level.REFUSED:
+        raise typer.Exit(_REFUSED)
+
+
+def merge(
+    ref: Annotated[str, typer.Argument(help="A checkpoint.")],
+    out: Annotated[
+        str | None, typer.Option(metavar="DIR_OR_URL", help="Write the model there [default: the registry's store].")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16 [default: each base tensor's own].")
+    ] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
+    note: Annotated[str, typer.Option(metavar="TEXT", help="A note.")] = "",
+    json: Json = False,
+) -> None:
+    """Merge a checkpoint into its base model.
+
+    Checked first; nothing is written when it is refused. The result is a complete model folder with merge.json, which tells what it was
+    made of. The same merge again finds its result; an interrupted one goes on where it was.
+    """
+    with connect() as registry:
+        planned = _plan(registry, ref, _dtype(dtype))
+        if dry_run:
+            _print_plan(planned, json=json)
+            return
+        with output.progress() as progress:
+            result = registry.merge(planned, out=out, note=note, progress=progress)
+    if json:
+        output.print_json(views.merge_json(result))
+    else:
+        views.print_merge(result)
+
+
+def _dtype(text: str) -> DType | None:
+    if not text:
+        return None
+    found = DType.from_long_name(text)
+    if found is None or not found.is_mergeable:
+        raise InvalidRecipe("dtype", text, "expected float32, bfloat16, float16 or float64")
+    return found
+
+
+def _plan(registry: Registry, ref: str, dtype: DType | None) -> Planned:
+    try:
+        with output.progress() as progress:
+            return registry.plan(registry.resolve(ref), dtype=dtype, progress=progress)
+    except Refused as refused:
+        views.print_report_as_talk(refused.report)
+        raise
+
+
+def _print_plan(planned: Planned, *, json: bool) -> None:
+    threads = os.cpu_count() or 1
+    if json:
+        output.print_json(views.plan_json(planned.plan, threads))
+    else:
+        views.print_plan(planned.plan, threads)
+
+
+def pull(
+    ref: Annotated[str, typer.Argument(help="A checkpoint, or a merged model by its digest.")],
+    folder: Annotated[Path, typer.Argument(help="A new or empty folder.")],
+) -> None:
+    """Write a checkpoint's files, exactly as they were registered, or a merged model into a folder. Verified on the way."""
+    target = folder.expanduser().absolute()
+    with connect() as registry, output.progress() as progress:
+        subject = registry.subject(ref)
+        registry.pull(subject, target, progress)
+    output.print_line(f"pulled {subject.digest.short} into {folder}")

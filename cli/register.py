@@ -1,0 +1,158 @@
+"""`ckpt register` and `ckpt base`: what comes into the registry."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli import output, parse, views
+from cli.errors import explain
+from registry import connect
+from registry.errors import Refused
+
+if TYPE_CHECKING:
+    from registry.registering import Intake, Registration
+    from registry.service import Registry
+
+base_app = typer.Typer(no_args_is_help=True, help="Base models: what adapters are trained on and merged into.")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+ArchVersion = Annotated[str, typer.Option(metavar="V", help="Your own label for the model's architecture.")]
+
+
+def register(
+    path: Annotated[
+        str,
+        typer.Argument(
+            help="A checkpoint's folder, or that of a whole run: every checkpoint in it is registered. URLs work too."
+        ),
+    ],
+    adapter: Annotated[str, typer.Option(metavar="NAME", help="Name of the adapter [default: the folder's].")] = "",
+    base: Annotated[
+        str, typer.Option(metavar="PATH_OR_NAME", help="Base model [default: the one that the files name].")
+    ] = "",
+    run: Annotated[str, typer.Option(metavar="NAME", help="Name of the training run [default: the folder's].")] = "",
+    step: Annotated[int | None, typer.Option(min=0, metavar="N", help="Step [default: the files know].")] = None,
+    metric: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A metric. May be repeated.")] = None,
+    note: Annotated[str, typer.Option(metavar="TEXT", help="A note.")] = "",
+    tag: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="A tag. May be repeated.")] = None,
+    arch_version: ArchVersion = "",
+    json: Json = False,
+) -> None:
+    """Record an adapter checkpoint, or a whole training run, with its base model's fingerprint.
+
+    Formats are told apart by content: PEFT (with the Trainer's state) and litgpt (LoRA, adapter, adapter v2). Registering the same content
+    again changes nothing.
+    """
+    from registry.registering import Registration  # noqa: PLC0415 - keeps `ckpt --help` light
+
+    said = Registration(
+        adapter=adapter,
+        base=base,
+        run=run,
+        step=step,
+        metrics=parse.metrics(metric or (), step=step),
+        note=note,
+        tags=parse.pairs(tag or (), "tag"),
+        arch_version=arch_version,
+    )
+    with connect() as registry:
+        intake = _register(registry, path, said)
+    if json:
+        output.print_json(
+            [{**views.checkpoint_json(each.checkpoint), "created": each.created} for each in intake.registered]
+        )
+    else:
+        _print_intake(intake)
+    _report_unreadable(intake)
+
+
+def _register(registry: Registry, path: str, said: Registration) -> Intake:
+    try:
+        with output.progress() as progress:
+            return registry.register(path, said, progress=progress)
+    except Refused as refused:
+        views.print_report_as_talk(refused.report)
+        raise
+
+
+def _print_intake(intake: Intake) -> None:
+    for each in intake.registered:
+        checkpoint = each.checkpoint
+        what = "registered" if each.created else "known already as"
+        step = "" if checkpoint.step is None else f", step {checkpoint.step}"
+        output.print_line(f"{what} {checkpoint.ref}  {checkpoint.digest.short}{step}, base {checkpoint.base_name}")
+        for file, reason in each.left_out.items():
+            output.say(f"left out {file}: {reason}")
+        for finding in each.report.findings:
+            if finding.code in ("method_not_mergeable", "option_not_mergeable", "layer_not_mergeable"):
+                output.say(f"recorded, but this version cannot merge it: {finding.found}. {finding.advice}")
+
+
+def _report_unreadable(intake: Intake) -> None:
+    for error in intake.unreadable:
+        output.say(f"[yellow]not registered:[/yellow] {output.plain(explain(error).message)}")
+    if intake.unreadable:
+        raise typer.Exit(explain(intake.unreadable[0]).exit_code)
+
+
+@base_app.command("add")
+def base_add(
+    path: Annotated[str, typer.Argument(help="The model's folder (safetensors, or litgpt), or any fsspec URL.")],
+    name: Annotated[str, typer.Option(metavar="NAME", help="What to call it [default: the folder's name].")] = "",
+    arch_version: ArchVersion = "",
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Put a copy into the store, instead of recording the place.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Fingerprint a base model and record where it is."""
+    with connect() as registry, output.progress() as progress:
+        added = registry.add_base(path, name=name, arch_version=arch_version, copy=copy, progress=progress)
+    if json:
+        output.print_json({**views.base_json(added.base, whole=False), "created": added.created})
+        return
+    what = "recorded" if added.created else "known already as"
+    output.print_line(f"{what} {added.base.name}  {added.base.digest}")
+
+
+@base_app.command("list")
+def base_list(json: Json = False) -> None:
+    """Show every base model."""
+    with connect() as registry:
+        bases = registry.bases()
+    if json:
+        output.print_json([views.base_json(base, whole=False) for base in bases])
+    elif bases:
+        views.print_bases(bases)
+    else:
+        output.say("no base model yet: `ckpt base add PATH`, or register an adapter that names one")
+
+
+@base_app.command("show")
+def base_show(
+    name: Annotated[str, typer.Argument(help="Name, or 6 and more digits of the digest.")], json: Json = False
+) -> None:
+    """Show one base model."""
+    with connect() as registry:
+        base = registry.base(name)
+    if json:
+        output.print_json(views.base_json(base, whole=True))
+    else:
+        views.print_base(base)
+
+
+@base_app.command("verify")
+def base_verify(
+    name: Annotated[str, typer.Argument(help="Name, or 6 and more digits of the digest.")], json: Json = False
+) -> None:
+    """Read a base model whole and compare every tensor with its fingerprint."""
+    with connect() as registry, output.progress() as progress:
+        found = registry.verify_base(registry.base(name), progress)
+    if json:
+        output.print_json(views.verification_json(found))
+    else:
+        views.print_verification(found)
+    if not found.is_intact:
+        raise typer.Exit(7)
