@@ -7,14 +7,13 @@ from typing import Annotated
 import typer
 
 from cli import output, parse
+from cli.options import Higher, Lower, Ref, flag
 from registry import connect
 from registry.errors import InvalidInput, InvalidReference
 from registry.refs import CheckpointRef
 
 metric_app = typer.Typer(no_args_is_help=True, help="Metrics of checkpoints.")
 alias_app = typer.Typer(no_args_is_help=True, help="Movable names inside an adapter: support-bot@candidate.")
-
-Ref = Annotated[str, typer.Argument(help="A checkpoint: name, name@v3, name@alias, name@best:METRIC, or a digest.")]
 
 
 def note(ref: Ref, text: Annotated[str, typer.Argument(help="What to remember.")]) -> None:
@@ -47,13 +46,11 @@ def metric_add(
     ref: Ref,
     values: Annotated[list[str], typer.Argument(metavar="NAME=VALUE...", help="Metrics to record.")],
     step: Annotated[int | None, typer.Option(min=0, metavar="N", help="The step they were measured at.")] = None,
-    lower: Annotated[bool, typer.Option("--min", help="Lower is better.")] = False,
-    higher: Annotated[bool, typer.Option("--max", help="Higher is better.")] = False,
+    lower: Lower = False,
+    higher: Higher = False,
 ) -> None:
     """Record metrics of a checkpoint. Of one name the last recorded counts; earlier ones stay on record."""
-    if lower and higher:
-        raise InvalidInput("--min", "--max", "only one of them")
-    metrics = parse.metrics(values, step=step, direction="lower" if lower else "higher" if higher else None)
+    metrics = parse.metrics(values, step=step, direction=parse.direction(lower=lower, higher=higher))
     with connect() as registry:
         checkpoint = registry.resolve(ref)
         registry.add_metrics(checkpoint, metrics)
@@ -81,7 +78,7 @@ def alias_rm(ref: Annotated[str, typer.Argument(help="The alias with its adapter
     output.print_line(f"removed {ref}, which was {before.ref}")
 
 
-def rm(ref: Ref, yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False) -> None:
+def rm(ref: Ref, yes: Annotated[bool, flag("--yes", "Do not ask.", "-y")] = False) -> None:
     """Remove a checkpoint. Refused while it has an alias, or when it was shipped or merged."""
     with connect() as registry:
         checkpoint = registry.resolve(ref)
@@ -96,7 +93,7 @@ def gc(
     older_than: Annotated[
         str, typer.Option(metavar="AGE", help="Spare what was stored within this time, such as 24h or 7d.")
     ] = "24h",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    dry_run: Annotated[bool, flag("--dry-run", "Only say what would be removed.")] = False,
 ) -> None:
     """Remove files from the store that nothing refers to any more."""
     with connect() as registry:

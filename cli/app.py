@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from cli import annotate, choose, merge, output, register, ship
 from cli.errors import EXIT_CODES, explain
+from cli.options import flag
 from registry.errors import RegistryError
 
 _REGISTER, _CHOOSE, _MERGE, _SHIP, _KEEP = "Register", "Choose", "Check and merge", "Ship", "Keep order"
@@ -27,6 +28,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
+    add_completion=False,
     epilog=_EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
@@ -58,9 +60,9 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     show_version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool, flag("--version", "Print the version.", callback=_print_version, is_eager=True)
     ] = False,
-    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")] = False,
+    traceback: Annotated[bool, flag("--traceback", "Show where an error comes from.")] = False,
 ) -> None:
     """Record every adapter checkpoint, choose the best, check it, merge it, and know which version is live where."""
     del show_version, traceback

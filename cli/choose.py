@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from cli import output, views
+from cli import output, parse, views
+from cli.options import Higher, Json, Lower, Subject
 from registry import connect
 from registry.errors import InvalidInput, UnknownMetric
 from registry.filters import parse_filter
@@ -16,8 +17,6 @@ from registry.selection import Grouping, sort_checkpoints
 if TYPE_CHECKING:
     from registry.selection import Ranking
     from registry.service import Registry
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 def list_(
@@ -30,8 +29,8 @@ def list_(
     ] = None,
     per: Annotated[str, typer.Option(metavar="adapter|run|base", help="With --best: the best of each.")] = "",
     top: Annotated[int, typer.Option(min=1, metavar="N", help="With --best: so many instead of one.")] = 1,
-    lower: Annotated[bool, typer.Option("--min", help="With --best: lower is better.")] = False,
-    higher: Annotated[bool, typer.Option("--max", help="With --best: higher is better.")] = False,
+    lower: Lower = False,
+    higher: Higher = False,
     where: Annotated[
         str, typer.Option(metavar="EXPR", help="A filter: metric.eval_loss < 0.9 and tag.team = 'nlu' and step >= 200")
     ] = "",
@@ -50,17 +49,11 @@ def list_(
             return
         metric = ""
         if best is not None:
-            ranking = _rank(registry, found, best, per, top, _direction(lower, higher))
+            ranking = _rank(registry, found, best, per, top, parse.direction(lower=lower, higher=higher))
             found, metric = [each for group in ranking.groups for each in group.checkpoints], ranking.metric
     if sort:
         found = sort_checkpoints(found, sort)
     _print(found[-limit:] if limit else found, metric, json=json)
-
-
-def _direction(lower: bool, higher: bool) -> Direction | None:
-    if lower and higher:
-        raise InvalidInput("--min", "--max", "only one of them")
-    return "lower" if lower else "higher" if higher else None
 
 
 def _rank(
@@ -94,9 +87,7 @@ def _print(found: list[Checkpoint], metric: str, *, json: bool) -> None:
         views.print_checkpoints(found, metric)
 
 
-def show(
-    ref: Annotated[str, typer.Argument(help="A checkpoint, or a merged model by its digest.")], json: Json = False
-) -> None:
+def show(ref: Subject, json: Json = False) -> None:
     """Show everything about a checkpoint: contents, metrics, notes, compatibility, what it comes from and what came of it."""
     with connect() as registry:
         subject = registry.subject(ref)
@@ -112,9 +103,7 @@ def show(
 
 
 def history(
-    subject: Annotated[
-        str, typer.Argument(help="An adapter, a checkpoint or a base model [default: everything].")
-    ] = "",
+    subject: Annotated[str, typer.Argument(help="An adapter, a checkpoint or a base model. Default: everything.")] = "",
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the last so many.")] = None,
     json: Json = False,
 ) -> None:

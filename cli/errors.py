@@ -36,7 +36,7 @@ _Explain = Callable[[Any], tuple[str, str]]
 
 
 def _invalid(error: errors.InvalidInput) -> tuple[str, str]:
-    return f"{error.field} {error.value!r}: {error.reason}", ""
+    return f"{error.field} {error.value!r}: {error.reason}" if error.value else f"{error.field}: {error.reason}", ""
 
 
 def _reference(error: errors.InvalidReference) -> tuple[str, str]:
@@ -115,10 +115,13 @@ def _unreadable(error: errors.UnreadableFile) -> tuple[str, str]:
 
 
 def _not_a_checkpoint(error: errors.UnreadableFile) -> tuple[str, str]:
-    return (
-        f"{error.path}: {error.reason}",
-        "give the folder that a PEFT or litgpt training run wrote, or one checkpoint in it",
+    is_base = "a base model, not an adapter" in error.reason
+    hint = (
+        "`ckpt base add PATH` records it"
+        if is_base
+        else "give the folder that a PEFT or litgpt run wrote, or one checkpoint in it"
     )
+    return f"{error.path}: {error.reason}", hint
 
 
 def _corrupt(error: errors.UnreadableFile) -> tuple[str, str]:

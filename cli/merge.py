@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli import output, views
+from cli.options import Json, Note, Ref, Subject, flag
 from registry import connect
 from registry.errors import InvalidRecipe, Refused
 from registry.manifest import Level, to_json
@@ -17,14 +18,13 @@ from registry.tensors import DType
 if TYPE_CHECKING:
     from registry.service import Planned, Registry
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 _REFUSED = 4
 
 
 def check(
-    ref: Annotated[str, typer.Argument(help="A checkpoint.")],
+    ref: Ref,
     base: Annotated[
-        str, typer.Option(metavar="REF", help="Another base model [default: the one it was trained on].")
+        str, typer.Option(metavar="REF", help="Another base model. Default: the one it was trained on.")
     ] = "",
     json: Json = False,
 ) -> None:
@@ -43,21 +43,22 @@ def check(
 
 
 def merge(
-    ref: Annotated[str, typer.Argument(help="A checkpoint.")],
+    ref: Ref,
     out: Annotated[
-        str | None, typer.Option(metavar="DIR_OR_URL", help="Write the model there [default: the registry's store].")
+        str | None, typer.Option(metavar="DIR_OR_URL", help="Write the model there. Default: the registry's store.")
     ] = None,
     dtype: Annotated[
-        str, typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16 [default: each base tensor's own].")
+        str, typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16. Default: each base tensor's own.")
     ] = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
-    note: Annotated[str, typer.Option(metavar="TEXT", help="A note.")] = "",
+    dry_run: Annotated[bool, flag("--dry-run", "Only show the plan.")] = False,
+    note: Note = "",
     json: Json = False,
 ) -> None:
     """Merge a checkpoint into its base model.
 
-    Checked first; nothing is written when it is refused. The result is a complete model folder with merge.json, which tells what it was
-    made of. The same merge again finds its result; an interrupted one goes on where it was.
+    Checked first; nothing is written when it is refused. The result is a complete model folder.
+
+    In it, merge.json tells what it was made of. The same merge again finds its result; an interrupted one goes on where it was.
     """
     with connect() as registry:
         planned = _plan(registry, ref, _dtype(dtype))
@@ -99,7 +100,7 @@ def _print_plan(planned: Planned, *, json: bool) -> None:
 
 
 def pull(
-    ref: Annotated[str, typer.Argument(help="A checkpoint, or a merged model by its digest.")],
+    ref: Subject,
     folder: Annotated[Path, typer.Argument(help="A new or empty folder.")],
 ) -> None:
     """Write a checkpoint's files, exactly as they were registered, or a merged model into a folder. Verified on the way."""

@@ -45,6 +45,17 @@ def metrics(texts: Sequence[str], *, step: int | None = None, direction: Directi
     return tuple(found)
 
 
+def direction(*, lower: bool, higher: bool) -> Direction | None:
+    """What `--min` and `--max` say is better; None when neither is given.
+
+    Raises:
+        InvalidInput: both are.
+    """
+    if lower and higher:
+        raise InvalidInput("--min and --max", "", "only one of them")
+    return "lower" if lower else "higher" if higher else None
+
+
 def point_in_time(text: str, now: datetime) -> datetime:
     """A moment: ISO 8601, or a day in words (`3 May`), which means its end. Without a zone it is local time.
 

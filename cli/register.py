@@ -8,6 +8,7 @@ import typer
 
 from cli import output, parse, views
 from cli.errors import explain
+from cli.options import ArchVersion, BaseName, Json, Note, flag
 from registry import connect
 from registry.errors import Refused
 
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
 
 base_app = typer.Typer(no_args_is_help=True, help="Base models: what adapters are trained on and merged into.")
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-ArchVersion = Annotated[str, typer.Option(metavar="V", help="Your own label for the model's architecture.")]
-
 
 def register(
     path: Annotated[
@@ -28,22 +26,23 @@ def register(
             help="A checkpoint's folder, or that of a whole run: every checkpoint in it is registered. URLs work too."
         ),
     ],
-    adapter: Annotated[str, typer.Option(metavar="NAME", help="Name of the adapter [default: the folder's].")] = "",
+    adapter: Annotated[str, typer.Option(metavar="NAME", help="Name of the adapter. Default: the folder's.")] = "",
     base: Annotated[
-        str, typer.Option(metavar="PATH_OR_NAME", help="Base model [default: the one that the files name].")
+        str, typer.Option(metavar="PATH_OR_NAME", help="Base model. Default: the one that the files name.")
     ] = "",
-    run: Annotated[str, typer.Option(metavar="NAME", help="Name of the training run [default: the folder's].")] = "",
-    step: Annotated[int | None, typer.Option(min=0, metavar="N", help="Step [default: the files know].")] = None,
+    run: Annotated[str, typer.Option(metavar="NAME", help="Name of the training run. Default: the folder's.")] = "",
+    step: Annotated[int | None, typer.Option(min=0, metavar="N", help="Step. Default: the files know.")] = None,
     metric: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A metric. May be repeated.")] = None,
-    note: Annotated[str, typer.Option(metavar="TEXT", help="A note.")] = "",
+    note: Note = "",
     tag: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="A tag. May be repeated.")] = None,
     arch_version: ArchVersion = "",
     json: Json = False,
 ) -> None:
     """Record an adapter checkpoint, or a whole training run, with its base model's fingerprint.
 
-    Formats are told apart by content: PEFT (with the Trainer's state) and litgpt (LoRA, adapter, adapter v2). Registering the same content
-    again changes nothing.
+    Formats are told apart by content: PEFT (with the Trainer's state) and litgpt (LoRA, adapter, adapter v2).
+
+    Registering the same content again changes nothing.
     """
     from registry.registering import Registration  # noqa: PLC0415 - keeps `ckpt --help` light
 
@@ -100,11 +99,9 @@ def _report_unreadable(intake: Intake) -> None:
 @base_app.command("add")
 def base_add(
     path: Annotated[str, typer.Argument(help="The model's folder (safetensors, or litgpt), or any fsspec URL.")],
-    name: Annotated[str, typer.Option(metavar="NAME", help="What to call it [default: the folder's name].")] = "",
+    name: Annotated[str, typer.Option(metavar="NAME", help="What to call it. Default: the folder's name.")] = "",
     arch_version: ArchVersion = "",
-    copy: Annotated[
-        bool, typer.Option("--copy", help="Put a copy into the store, instead of recording the place.")
-    ] = False,
+    copy: Annotated[bool, flag("--copy", "Put a copy into the store, instead of recording the place.")] = False,
     json: Json = False,
 ) -> None:
     """Fingerprint a base model and record where it is."""
@@ -131,9 +128,7 @@ def base_list(json: Json = False) -> None:
 
 
 @base_app.command("show")
-def base_show(
-    name: Annotated[str, typer.Argument(help="Name, or 6 and more digits of the digest.")], json: Json = False
-) -> None:
+def base_show(name: BaseName, json: Json = False) -> None:
     """Show one base model."""
     with connect() as registry:
         base = registry.base(name)
@@ -144,9 +139,7 @@ def base_show(
 
 
 @base_app.command("verify")
-def base_verify(
-    name: Annotated[str, typer.Argument(help="Name, or 6 and more digits of the digest.")], json: Json = False
-) -> None:
+def base_verify(name: BaseName, json: Json = False) -> None:
     """Read a base model whole and compare every tensor with its fingerprint."""
     with connect() as registry, output.progress() as progress:
         found = registry.verify_base(registry.base(name), progress)

@@ -7,16 +7,14 @@ from typing import Annotated
 import typer
 
 from cli import output, parse, views
+from cli.options import Json, Note, Subject, flag
 from registry import connect
 from registry.errors import InvalidInput
 from registry.manifest import to_json, utc_now
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Note = Annotated[str, typer.Option(metavar="TEXT", help="Why.")]
-
 
 def ship(
-    ref: Annotated[str, typer.Argument(help="A checkpoint, or a merged model by its digest.")],
+    ref: Subject,
     to: Annotated[str, typer.Option("--to", metavar="ENV", help="The environment, such as production.")],
     note: Note = "",
     json: Json = False,
@@ -35,7 +33,7 @@ def shipped(
     at: Annotated[
         str, typer.Option("--at", metavar="TIME", help="At this time: 2026-05-03, '3 May' (its end), 2026-05-03T14:00.")
     ] = "",
-    history: Annotated[bool, typer.Option("--history", help="Everything that was ever live.")] = False,
+    history: Annotated[bool, flag("--history", "Everything that was ever live.")] = False,
     json: Json = False,
 ) -> None:
     """Show what is live where, since when, by whom, from which base model and checkpoint; or what was."""

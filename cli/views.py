@@ -386,6 +386,6 @@ def _span(values: Sequence[float]) -> str:
 def _lost(records: Sequence[TensorRecord]) -> str:
     """The worst tensor's share of elements whose delta was too small for the dtype."""
     worst = max(records, key=lambda record: record.lost, default=None)
-    if worst is None or worst.lost < 0.001:
+    if worst is None or worst.lost < 0.01:
         return ""
     return f"up to {worst.lost:.0%} of the elements that should change ({worst.name}); --dtype float32 keeps them"
