@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     with_traceback = "--traceback" in words[:2] or bool(os.environ.get("CKPT_TRACEBACK"))
     try:
-        app(_with_bare_best(words))
+        app(_with_bare_best(words), prog_name="ckpt")
     except RegistryError as error:
         if with_traceback:
             raise
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _with_bare_best(words: list[str]) -> list[str]:
     """`--best` may stand without a metric, which Typer's options cannot: an empty one is put there."""
-    followed = [*words[1:], "-"]
+    followed = [*words[1:], "-"][: len(words)]
     return [
         "--best=" if word == "--best" and after.startswith("-") else word
         for word, after in zip(words, followed, strict=True)

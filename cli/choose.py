@@ -41,7 +41,9 @@ def list_(
     json: Json = False,
 ) -> None:
     """Show checkpoints, or only the best of them. The best value of each metric has a star."""
-    keep = parse_filter(where) if where else None
+    keep, direction = parse_filter(where) if where else None, parse.direction(lower=lower, higher=higher)
+    if best is None and (per or top != 1 or direction):
+        raise InvalidInput("--per, --top, --min, --max", "", "only with --best")
     with connect() as registry:
         found = registry.checkpoints(adapter, keep)
         if not found:
@@ -49,7 +51,7 @@ def list_(
             return
         metric = ""
         if best is not None:
-            ranking = _rank(registry, found, best, per, top, parse.direction(lower=lower, higher=higher))
+            ranking = _rank(registry, found, best, per, top, direction)
             found, metric = [each for group in ranking.groups for each in group.checkpoints], ranking.metric
     if sort:
         found = sort_checkpoints(found, sort)

@@ -78,7 +78,9 @@ def _words(name: str) -> list[str]:
 
 
 def shared_metric(checkpoints: Sequence[Checkpoint]) -> str:
-    """The metric to rank by when nobody names one: all candidates have a finite value of it, and its direction is known.
+    """The metric to rank by when nobody names one: all candidates have it, one at least a finite value, and its direction is known.
+
+    A checkpoint whose loss is NaN has a loss: that it diverged must not make the others be ranked by something else.
 
     Preferred are the loss on eval, then on val, validation or test, then other metrics of those splits, then another loss, then the rest.
 
@@ -86,8 +88,9 @@ def shared_metric(checkpoints: Sequence[Checkpoint]) -> str:
         UnknownMetric: there is none. Its name is empty, `near` holds the metrics that exist, the most common first.
     """
     latest = [_latest(checkpoint) for checkpoint in checkpoints]
-    counts = Counter(name for metrics in latest for name, metric in metrics.items() if math.isfinite(metric.value))
-    shared = [name for name, count in counts.items() if count == len(checkpoints) and _direction(name, latest)]
+    counts = Counter(name for metrics in latest for name in metrics)
+    finite = {name for metrics in latest for name, metric in metrics.items() if math.isfinite(metric.value)}
+    shared = [name for name in finite if counts[name] == len(checkpoints) and _direction(name, latest)]
     if not shared:
         raise UnknownMetric("", sorted(counts, key=lambda name: (-counts[name], name)))
     return min(shared, key=lambda name: _preference(name, latest))

@@ -98,9 +98,10 @@ def test_a_declared_direction_makes_a_metric_known() -> None:
 
 
 @pytest.mark.parametrize("spoilt", [NAN, INF, -INF])
-def test_a_metric_that_is_not_finite_everywhere_is_not_shared(spoilt: float) -> None:
+def test_one_diverged_checkpoint_does_not_change_what_is_ranked_by(spoilt: float) -> None:
     found = [checkpoint(metrics={"eval_loss": 1.0, "f1": 0.5}), checkpoint(metrics={"eval_loss": spoilt, "f1": 0.4})]
-    assert shared_metric(found) == "f1"
+    assert shared_metric(found) == "eval_loss"
+    assert shared_metric(found[1:]) == "f1"
 
 
 def test_no_shared_metric_names_what_exists_the_most_common_first() -> None:
@@ -111,7 +112,7 @@ def test_no_shared_metric_names_what_exists_the_most_common_first() -> None:
     ]
     with pytest.raises(UnknownMetric) as caught:
         shared_metric(found)
-    assert (caught.value.name, caught.value.near) == ("", ("lr", "eval_loss", "acc"))
+    assert (caught.value.name, caught.value.near) == ("", ("lr", "eval_loss", "acc", "f1"))
 
 
 def test_no_candidates_share_nothing() -> None:
