@@ -84,9 +84,10 @@ def _method(checkpoint: Checkpoint) -> str:
 
 
 def _labels(checkpoint: Checkpoint) -> Text:
+    """Aliases, then the environments where it is live now."""
     text = Text(", ".join(checkpoint.aliases), style="cyan")
     for environment in checkpoint.environments:
-        text.append(", " if text else "").append(f"{environment} (live)", style="bold magenta")
+        text.append(", " if text else "").append(f"● {environment}", style="bold magenta")
     return text
 
 
