@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from registry.errors import Conflict, InvalidReference, NotACheckpoint, PathNotFound, UnknownBase
+from registry.errors import Changed, Conflict, NotACheckpoint, PathNotFound, UnknownBase
 from registry.fingerprint import DigestCache, architecture_digest, digest_tensors, weights_digest
 from registry.formats import Adapter
 from registry.formats.base_model import BaseHead, read_base
-from registry.locations import Location, is_url, local_folder, open_location
+from registry.locations import Location, local_folder, open_location
 from registry.manifest import BaseModel, FileEntry, Fingerprint
-from registry.refs import AdapterName, Digest
+from registry.refs import AdapterName, Digest, nearest_name
 from registry.store import StoredFolder
 from registry.workspace import Progress, Workspace, nothing_but, silent
 
@@ -69,16 +70,20 @@ def add_base(
     Raises:
         NotACheckpoint, CorruptFile, UnsafePickle: no base model there, or a damaged one.
         NameTaken: other weights have this name.
+        Changed: a file was written to while it was copied.
         Conflict: the weights are known under another name, architecture or label.
     """
-    location = open_location(url)
-    head = read_base(location)
-    found = _describe(workspace.cache, location, head, progress)
-    entries = _copy(workspace, location, found) if copy else ()
+    if name:
+        AdapterName.parse(name)
+    with closing(open_location(url)) as location:
+        head = read_base(location)
+        found = _describe(workspace.cache, location, head, progress)
+        entries = _copy(workspace, location, head, found) if copy else ()
     if entries:
         stored = StoredFolder(workspace.store, entries)
         found = replace(found, url=stored.url, in_store=True, files=head.files(stored))
     with workspace.writing() as change:
+        workspace.check_stored(entries)
         found = replace(found, author=change.author, created_at=change.at, arch_version=arch_version)
         known = change.catalog.bases.by_weights(found.digest)
         if known is not None:
@@ -87,7 +92,7 @@ def add_base(
                 change.catalog.bases.update(merged, stored_entries(merged))
                 change.record("base.move", known.name, url=merged.url, **nothing_but({"arch_version": arch_version}))
             return AddedBase(base=merged, created=False)
-        base = replace(found, name=_free_name(change.catalog.bases.all(), name, location.url, found.digest))
+        base = replace(found, name=name or _free_name(change.catalog.bases.all(), location.url, found.digest))
         change.catalog.bases.add(base, entries)
         change.record("base.add", base.name, weights=base.digest.hex, url=base.url)
         return AddedBase(base=base, created=True)
@@ -119,11 +124,13 @@ def _describe(cache: DigestCache, location: Location, head: BaseHead, progress: 
     )
 
 
-def _copy(workspace: Workspace, location: Location, found: BaseModel) -> tuple[FileEntry, ...]:
+def _copy(workspace: Workspace, location: Location, head: BaseHead, found: BaseModel) -> tuple[FileEntry, ...]:
     entries = []
     for file in found.files:
         blob = workspace.store.put_file(location, file.path)
         entries.append(FileEntry(path=file.path, size_bytes=blob.size_bytes, digest=blob.digest, sha256=blob.sha256))
+    if head.files(location) != found.files:
+        raise Changed(location.url, "the files whose fingerprint was taken", "newer ones: something is writing there")
     return tuple(entries)
 
 
@@ -145,22 +152,15 @@ def _same_base(known: BaseModel, found: BaseModel, name: str) -> BaseModel:
     )
 
 
-def _free_name(known: list[BaseModel], name: str, url: str, digest: Digest) -> str:
-    if name:
-        AdapterName.parse(name)
-        return name
+def _free_name(known: list[BaseModel], url: str, digest: Digest) -> str:
     chosen = _name_of_place(url)
-    return f"{chosen}-{digest.short[:6]}" if any(base.name == chosen for base in known) else chosen
+    return f"{chosen}-{digest.short}" if any(base.name == chosen for base in known) else chosen
 
 
 def _name_of_place(url: str) -> str:
     if match := _HUB_SNAPSHOT.search(url):
         return "/".join(part for part in (match["namespace"], match["name"]) if part)
-    last = re.sub(r"[^A-Za-z0-9._-]+", "-", url.rstrip("/").rsplit("/", 1)[-1]).strip("._-")[:80]
-    try:
-        return str(AdapterName.parse(last))
-    except InvalidReference:
-        return f"base-{last}" if last else "base"
+    return str(nearest_name(url.rstrip("/").rsplit("/", 1)[-1], "base"))
 
 
 def find_base(workspace: Workspace, text: str, *, arch_version: str = "", progress: Progress = silent) -> BaseModel:
@@ -173,9 +173,6 @@ def find_base(workspace: Workspace, text: str, *, arch_version: str = "", progre
         with workspace.reading() as catalog:
             return catalog.bases.find(text)
     except UnknownBase as unknown:
-        folder = local_folder(text)
-        if not is_url(text) and (folder is None or not folder.is_dir()):
-            raise
         try:
             return add_base(workspace, text, arch_version=arch_version, progress=progress).base
         except PathNotFound:
@@ -213,10 +210,10 @@ def _places(name: str, near: str, hub_cache: Path) -> Iterator[Path]:
     parents = [folder, *list(folder.parents)[:3]] if folder is not None else []
     for start in (Path.cwd(), *parents):
         for place in (start / name, start / "checkpoints" / name):
-            if place.is_dir():
+            if os.path.isdir(place):  # unlike Path.is_dir, false for a name that is too long
                 yield place
     main = hub_cache / f"models--{name.replace('/', '--')}" / "refs" / "main"
-    if re.fullmatch(r"[\w.-]+(?:/[\w.-]+)?", name) and main.is_file():
+    if re.fullmatch(r"[\w.-]+(?:/[\w.-]+)?", name) and os.path.isfile(main):
         yield main.parents[1] / "snapshots" / main.read_text(encoding="utf-8").strip()
 
 
@@ -250,18 +247,16 @@ def current_base(
 
     Raises:
         PathNotFound: it is not there any more.
+        NotACheckpoint, CorruptFile: it is not readable as a model any more.
     """
-    location = open_base(workspace, base)
-    sizes = location.files()
-    changed = [
-        file.path for file in base.files if file.path not in sizes or location.identity(file.path) != file.identity
-    ]
-    head = read_base(location)
-    if not changed and {file.path for file in head.files(location)} == {file.path for file in base.files}:
-        return base, ()
-    found = _describe(workspace.cache, location, head, progress)
+    with closing(open_base(workspace, base)) as location:
+        head = read_base(location)
+        files = head.files(location)
+        if files == base.files:
+            return base, ()
+        found = _describe(workspace.cache, location, head, progress)
     if found.fingerprint != base.fingerprint:
-        return base, tuple(changed)
+        return base, tuple(sorted({file.path for file in {*files} ^ {*base.files}}))
     moved = replace(base, files=found.files, tensors=found.tensors, config=found.config)
     with workspace.writing() as change:
         change.catalog.bases.update(moved, stored_entries(moved))
@@ -275,12 +270,14 @@ def verify_base(workspace: Workspace, base: BaseModel, progress: Progress = sile
         PathNotFound: it is not there any more.
         NotACheckpoint, CorruptFile: it is not readable as a model any more.
     """
-    location = open_base(workspace, base)
-    head = read_base(location)
     nowhere = DigestCache(Path(os.devnull))
-    found = _describe(
-        nowhere, location, head, lambda what, done, total: progress("verifying the base model", done, total)
-    )
+    with closing(open_base(workspace, base)) as location:
+        found = _describe(
+            nowhere,
+            location,
+            read_base(location),
+            lambda what, done, total: progress("verifying the base model", done, total),
+        )
     before, after = base.fingerprint.tensors, found.fingerprint.tensors
     return Verification(
         base=base,

@@ -5,17 +5,28 @@ Reading at an offset is thread-safe and does not move anything, so that many thr
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import stat
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol, Self, cast, final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
-from registry.errors import CorruptFile, PathNotFound, StorageFailed
+from registry.errors import CorruptFile, InvalidInput, PathNotFound, StorageFailed
 
 MAX_FILES = 20_000
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(?:://|::)")
+# Names that some system cannot hold, or reads as a path of its own, and bytes that are not UTF-8.
+_ODD = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
+_HALF = re.compile(r"[\ud800-\udfff]")
+# A link to nothing or to itself, or deleted since it was listed.
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+# The errors of object stores' clients are known by their package: importing those to name the classes would cost every start-up.
+_DRIVERS = frozenset(["botocore", "aiohttp", "gcsfs", "azure"])
 
 
 class Location(Protocol):
@@ -26,7 +37,12 @@ class Location(Protocol):
         """Where it is, for people and for recording."""
 
     def files(self) -> Mapping[str, int]:
-        """Every file below the folder and its size in bytes, in the order of paths."""
+        """Every file below the folder and its size in bytes, in the order of paths. Hidden ones (`.cache/x`) do not count.
+
+        Raises:
+            CorruptFile: more than `MAX_FILES`, or a name that not every system can hold.
+            StorageFailed: a folder cannot be read.
+        """
 
     def identity(self, path: str) -> str:
         """Text that changes whenever the file does, without reading it."""
@@ -55,15 +71,16 @@ class Location(Protocol):
 
 def is_url(text: str) -> bool:
     """Whether the text is a URL other than a plain path (`C:\\x` is a path)."""
-    return len(urlsplit(text).scheme) > 1 and ("://" in text or "::" in text)
+    return _URL.match(text) is not None
 
 
 def local_folder(text: str) -> Path | None:
     """The absolute path that a path or `file://` URL means; None for another URL."""
     if not is_url(text):
-        return Path(os.path.abspath(Path(text).expanduser()))
-    parts = urlsplit(text)
-    return Path(unquote(parts.path)) if parts.scheme == "file" and parts.netloc in ("", "localhost") else None
+        return Path(os.path.abspath(os.path.expanduser(text)))
+    scheme, _, rest = text.partition("://")
+    path = rest.removeprefix("localhost")
+    return Path(unquote(path)) if scheme.lower() == "file" and path.startswith("/") else None
 
 
 def open_location(text: str) -> Location:
@@ -71,6 +88,7 @@ def open_location(text: str) -> Location:
 
     Raises:
         PathNotFound: nothing there, or it is not a folder.
+        InvalidInput: the path is not UTF-8.
     """
     folder = local_folder(text)
     return LocalLocation(folder) if folder is not None else RemoteLocation(text)
@@ -81,7 +99,9 @@ class LocalLocation:
     """A folder on this machine's file system. Links to files are followed (the Hub's cache is made of them), links to folders are not."""
 
     def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
+        if _HALF.search(str(folder)):
+            raise InvalidInput("path", ascii(str(folder)), "not UTF-8: rename the folder")
+        if not os.path.isdir(folder):  # unlike Path.is_dir, false for a name that is too long
             raise PathNotFound(str(folder))
         self._folder = folder
         self._descriptors: dict[str, int] = {}
@@ -92,47 +112,52 @@ class LocalLocation:
         return str(self._folder)
 
     def files(self) -> Mapping[str, int]:
-        found: dict[str, int] = {}
-        for parent, folders, names in os.walk(self._folder):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in names:
-                path = Path(parent, name)
-                if not name.startswith(".") and path.is_file():
-                    found[path.relative_to(self._folder).as_posix()] = path.stat().st_size
-            if len(found) > MAX_FILES:
-                raise CorruptFile(self.url, f"more than {MAX_FILES} files: not the folder of one model or run")
-        return dict(sorted(found.items()))
+        return _listing(self.url, self._walk())
+
+    def _walk(self) -> Iterator[tuple[str, int]]:
+        def fail(error: OSError) -> None:
+            if error.filename == self.url or error.errno not in _GONE:
+                raise error
+
+        with _Translating(self.url):
+            for parent, folders, names in os.walk(self._folder, onerror=fail):
+                folders[:] = (name for name in folders if not name.startswith("."))
+                for name in names:
+                    path = os.path.join(parent, name)
+                    try:
+                        status = os.stat(path)
+                    except OSError as error:
+                        fail(error)
+                        continue
+                    if stat.S_ISREG(status.st_mode):
+                        yield os.path.relpath(path, self._folder).replace(os.sep, "/"), status.st_size
 
     def identity(self, path: str) -> str:
-        try:
-            status = (self._folder / path).stat()
-        except OSError as error:
-            raise PathNotFound(str(self._folder / path)) from error
+        with _Translating(self._at(path)):
+            status = os.stat(self._at(path))
         return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
 
     def open(self, path: str) -> IO[bytes]:
-        try:
-            return (self._folder / path).open("rb")
-        except FileNotFoundError as error:
-            raise PathNotFound(str(self._folder / path)) from error
-        except OSError as error:
-            raise StorageFailed(str(self._folder / path), error.strerror or str(error)) from error
+        with _Translating(self._at(path)):
+            return open(self._at(path), "rb")
 
     def read_into(self, path: str, offset_bytes: int, buffer: memoryview) -> None:
-        descriptor, done = self._descriptor(path), 0
-        while done < len(buffer):
-            read = os.preadv(descriptor, [buffer[done:]], offset_bytes + done)
-            if read == 0:
-                raise CorruptFile(path, f"ends before byte {offset_bytes + len(buffer)}")
-            done += read
+        done = 0
+        with _Translating(self._at(path)):
+            descriptor = self._descriptor(path)
+            while done < len(buffer):
+                read = os.preadv(descriptor, [buffer[done:]], offset_bytes + done)
+                if read == 0:
+                    raise CorruptFile(path, f"ends before byte {offset_bytes + len(buffer)}")
+                done += read
+
+    def _at(self, path: str) -> str:
+        return str(self._folder / path)
 
     def _descriptor(self, path: str) -> int:
         with self._lock:
             if path not in self._descriptors:
-                try:
-                    self._descriptors[path] = os.open(self._folder / path, os.O_RDONLY | os.O_CLOEXEC)
-                except FileNotFoundError as error:
-                    raise PathNotFound(str(self._folder / path)) from error
+                self._descriptors[path] = os.open(self._at(path), os.O_RDONLY | os.O_CLOEXEC)
             return self._descriptors[path]
 
     def local_path(self, path: str) -> Path | None:
@@ -160,44 +185,38 @@ class RemoteLocation:
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
         self._system, self._root = open_filesystem(self._url)
-        if not self._system.isdir(self._root):
-            raise PathNotFound(url)
+        with _Translating(url):
+            if not self._system.isdir(self._root):
+                raise PathNotFound(url)
 
     @property
     def url(self) -> str:
         return self._url
 
     def files(self) -> Mapping[str, int]:
-        found = self._system.find(self._root, detail=True)
-        if len(found) > MAX_FILES:
-            raise CorruptFile(self.url, f"more than {MAX_FILES} files: not the folder of one model or run")
         start = len(self._root.rstrip("/")) + 1
-        return {name[start:]: int(info["size"]) for name, info in sorted(found.items())}
+        with _Translating(self._url):
+            self._system.invalidate_cache()  # what was there when this process last looked does not count
+            found = self._system.find(self._root, detail=True)
+        return _listing(self._url, ((name[start:], int(info["size"])) for name, info in found.items()))
 
     def identity(self, path: str) -> str:
-        info = self._info(path)
+        with _Translating(f"{self._url}/{path}"):
+            self._system.invalidate_cache()
+            info = self._system.info(f"{self._root}/{path}")
         marks = [info.get(key) for key in ("ETag", "etag", "md5", "mtime", "LastModified", "created")]
         return ":".join(str(mark) for mark in [info["size"], *marks] if mark is not None)
 
-    def _info(self, path: str) -> Mapping[str, Any]:
-        try:
-            return cast("Mapping[str, Any]", self._system.info(f"{self._root}/{path}"))
-        except FileNotFoundError as error:
-            raise PathNotFound(f"{self._url}/{path}") from error
-
     def open(self, path: str) -> IO[bytes]:
-        try:
+        with _Translating(f"{self._url}/{path}"):
             return cast("IO[bytes]", self._system.open(f"{self._root}/{path}", "rb"))
-        except FileNotFoundError as error:
-            raise PathNotFound(f"{self._url}/{path}") from error
 
     def read_into(self, path: str, offset_bytes: int, buffer: memoryview) -> None:
-        try:
-            found = self._system.cat_file(f"{self._root}/{path}", start=offset_bytes, end=offset_bytes + len(buffer))
-        except FileNotFoundError as error:
-            raise PathNotFound(f"{self._url}/{path}") from error
+        end = offset_bytes + len(buffer)
+        with _Translating(f"{self._url}/{path}"):
+            found = self._system.cat_file(f"{self._root}/{path}", start=offset_bytes, end=end) if buffer else b""
         if len(found) != len(buffer):
-            raise CorruptFile(path, f"ends before byte {offset_bytes + len(buffer)}")
+            raise CorruptFile(path, f"ends before byte {end}")
         buffer[:] = found
 
     def local_path(self, path: str) -> Path | None:
@@ -221,3 +240,35 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     except (ImportError, ValueError, OSError) as error:
         raise StorageFailed(url, str(error)) from error
     return system, str(root)
+
+
+def _listing(url: str, files: Iterable[tuple[str, int]]) -> Mapping[str, int]:
+    """The files of a folder in the order of paths, without hidden ones. A part `..` is hidden as well: no path leads out."""
+    found: dict[str, int] = {}
+    for path, size_bytes in files:
+        if any(part.startswith(".") or not part for part in path.split("/")):
+            continue
+        if _ODD.search(path):
+            raise CorruptFile(url, f"a file name that not every system can hold: {path!r}")
+        found[path] = size_bytes
+        if len(found) > MAX_FILES:
+            raise CorruptFile(url, f"more than {MAX_FILES} files: not the folder of one model or run")
+    return dict(sorted(found.items()))
+
+
+@final
+class _Translating:
+    """Turns what the system or an object store's client raises into `PathNotFound` or `StorageFailed`."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise PathNotFound(self._url) from error
+        if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _DRIVERS:
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise StorageFailed(self._url, reason) from error

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from blake3 import blake3
 
+from registry.errors import CorruptFile
 from registry.refs import AdapterName, Digest
 from registry.tensors import DType, StoredTensor
 
@@ -36,12 +37,20 @@ class BaseFormat(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileEntry:
-    """One file: `path` is relative, with `/` between its parts. `sha256` is 64 hex digits, or empty where it was not computed."""
+    """One file: `path` is relative, with `/` between its parts. `sha256` is 64 hex digits, or empty where it was not computed.
+
+    Raises:
+        CorruptFile: the path leads out of its folder, or is not a plain one.
+    """
 
     path: str
     size_bytes: int
     digest: Digest
     sha256: str = ""
+
+    def __post_init__(self) -> None:
+        if "\\" in self.path or "\0" in self.path or {"", ".", ".."}.intersection(self.path.split("/")):
+            raise CorruptFile(self.path, "not a plain path below its folder")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from registry.base_models import current_base, open_base
 from registry.changes import Resolution
 from registry.compatibility import Facts, Trained, check
-from registry.errors import Changed, DamagedBlob, PathNotFound, Refused, UnreadableFile
+from registry.errors import Changed, CorruptFile, DamagedBlob, PathNotFound, Refused, UnreadableFile
 from registry.formats import Adapter, read_adapter, resolve
 from registry.formats.adapter import read_json
 from registry.locations import Location, local_folder, open_location
@@ -36,6 +36,8 @@ from registry.tensors import DType, SafetensorsHeader, StoredTensor, read_safete
 from registry.workspace import Progress, Workspace, silent
 
 _BLOCK_BYTES = 4 << 20
+_TOKENIZER_FILE = "tokenizer.json"
+_MAX_TOKENIZER_BYTES = 128 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,15 +69,15 @@ def examine(workspace: Workspace, checkpoint: Checkpoint, base: BaseModel, progr
         DamagedBlob: a file of the checkpoint is missing from the store or damaged.
         PathNotFound: the base is not where it was recorded.
     """
-    folder = workspace.folder_of(checkpoint)
-    adapter = read_adapter(folder)
     base, changed = current_base(workspace, base, progress)
-    facts = Facts(
-        nonfinite=[tensor.spec.name for tensor in adapter.tensors if not _is_finite(folder, tensor)],
-        tokens=_token_count(folder),
-        changed_files=changed,
-        merged_before=str(checkpoint.digest) in _merged_into(open_base(workspace, base)),
-    )
+    with closing(workspace.folder_of(checkpoint)) as folder:
+        adapter = read_adapter(folder)
+        facts = Facts(
+            nonfinite=[tensor.spec.name for tensor in adapter.tensors if not _is_finite(folder, tensor)],
+            tokens=_token_count(folder),
+            changed_files=changed,
+            merged_before=str(checkpoint.digest) in _merged_into(open_base(workspace, base)),
+        )
     return _compare(checkpoint, base, adapter, facts)
 
 
@@ -120,14 +122,29 @@ def _is_finite(folder: Location, tensor: StoredTensor) -> bool:
 
 def _token_count(folder: Location) -> int:
     """One more than the largest id of the tokenizer in a folder; 0 when it has none that says."""
-    if "tokenizer.json" not in folder.files():
+    if _TOKENIZER_FILE not in folder.files():
         return 0
-    found = read_json(folder, "tokenizer.json")
-    model = found.get("model")
+    found = _read_tokenizer(folder)
+    model, added = found.get("model"), found.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary or ())))
-    ids += [token.get("id") for token in found.get("added_tokens") or () if isinstance(token, dict)]
+    ids: list[Any] = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    if isinstance(vocabulary, list):  # a unigram model's tokens are numbered by their places
+        ids = list(range(len(vocabulary)))
+    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
     return max((number + 1 for number in ids if isinstance(number, int)), default=0)
+
+
+def _read_tokenizer(folder: Location) -> dict[str, Any]:
+    """The one configuration that may be large: Llama 3's has 17 MB, Gemma's 33."""
+    with folder.open(_TOKENIZER_FILE) as stream:
+        raw = stream.read(_MAX_TOKENIZER_BYTES + 1)
+    if len(raw) > _MAX_TOKENIZER_BYTES:
+        raise CorruptFile(_TOKENIZER_FILE, f"larger than {_MAX_TOKENIZER_BYTES >> 20} MiB")
+    try:
+        found = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise CorruptFile(_TOKENIZER_FILE, f"not valid JSON: {error}") from error
+    return found if isinstance(found, dict) else {}
 
 
 def _merged_into(base: Location) -> frozenset[str]:
@@ -136,7 +153,8 @@ def _merged_into(base: Location) -> frozenset[str]:
         return frozenset()
     with suppress(UnreadableFile):
         inputs = read_json(base, PROVENANCE_FILE).get("inputs")
-        return frozenset(str(item.get("digest")) for item in inputs or () if isinstance(item, dict))
+        if isinstance(inputs, list):
+            return frozenset(str(item.get("digest")) for item in inputs if isinstance(item, dict))
     return frozenset()
 
 
@@ -204,10 +222,14 @@ def merge(
     from registry.merge.sinks import open_sink  # noqa: PLC0415
 
     sink = open_sink(out, workspace.store)
-    with Journal(workspace.settings.home / "merging", plan.recipe.digest, sink.url) as journal:
+    with (
+        closing(open_base(workspace, plan.base)) as base,
+        closing(workspace.folder_of(examined.checkpoint)) as adapter,
+        Journal(workspace.settings.home / "merging", plan.recipe.digest, sink.url) as journal,
+    ):
         outcome = execute(
             plan,
-            Sources(base=open_base(workspace, plan.base), adapter=workspace.folder_of(examined.checkpoint)),
+            Sources(base=base, adapter=adapter),
             sink,
             journal,
             provenance=lambda files, records: _provenance(examined, plan, files, records, known),
@@ -318,14 +340,12 @@ def _record(
 
 
 def merged_folder(workspace: Workspace, merged: Merged) -> Location:
-    """A folder that holds a merged model: the store's, or the first of its places that is still there.
+    """A folder that holds a merged model: the store's, or one of its places where it still lies complete.
 
     Raises:
-        PathNotFound: it is in none of them any more.
+        PathNotFound: it is complete in none of them any more.
     """
-    if "" in merged.locations:
-        return StoredFolder(workspace.store, merged.files, merged.digest.hex)
-    for place in merged.locations:
-        with suppress(PathNotFound):
-            return open_location(place)
-    raise PathNotFound(", ".join(merged.locations))
+    for place in sorted(merged.locations):  # the store, which is empty text, first
+        if _is_there(workspace, merged, place):
+            return open_location(place) if place else StoredFolder(workspace.store, merged.files, merged.digest.hex)
+    raise PathNotFound(", ".join(place or "the store" for place in merged.locations))

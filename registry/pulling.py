@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from blake3 import blake3
@@ -33,16 +35,15 @@ def pull(workspace: Workspace, subject: Checkpoint | Merged, target: Path, progr
         folder, files = merged_folder(workspace, subject), subject.files
     else:
         folder, files = workspace.folder_of(subject), subject.manifest.files
+    target = Path(os.path.abspath(target))
     with translating(str(target)):
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise Conflict(str(target), "something is there already")
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     total = sum(entry.size_bytes for entry in files)
     try:
         for entry in files:
-            _copy(folder, entry, partial / entry.path)
-            progress("pulling", entry.size_bytes, total)
+            _copy(folder, entry, partial / entry.path, lambda done: progress("pulling", done, total))
         with translating(str(target)):
             target.parent.mkdir(parents=True, exist_ok=True)
             partial.replace(target)
@@ -52,7 +53,7 @@ def pull(workspace: Workspace, subject: Checkpoint | Merged, target: Path, progr
         raise
 
 
-def _copy(folder: Location, entry: FileEntry, target: Path) -> None:
+def _copy(folder: Location, entry: FileEntry, target: Path, advance: Callable[[int], None]) -> None:
     hasher = blake3()
     with translating(str(target)), folder.open(entry.path) as source:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -60,6 +61,7 @@ def _copy(folder: Location, entry: FileEntry, target: Path) -> None:
             while block := source.read(_BLOCK_BYTES):
                 hasher.update(block)
                 file.write(block)
+                advance(len(block))
             file.flush()
             os.fsync(file.fileno())
     if hasher.hexdigest() != entry.digest.hex:

@@ -94,6 +94,20 @@ def check_name(part: str, whole: str | None = None) -> str:
     return part
 
 
+def nearest_name(text: str, kind: str) -> AdapterName:
+    """The name most like a folder's: what names cannot have becomes `-`; `kind` goes before what would read as something else."""
+    parts = [_clean(part) for part in text.split("/")[-2:]]
+    try:
+        return AdapterName.parse("/".join(parts))
+    except InvalidReference:
+        return AdapterName.parse(f"{kind}-{parts[-1]}".rstrip("-"))
+
+
+def _clean(text: str) -> str:
+    kept = re.sub(r"\.{2,}", ".", re.sub(r"[^A-Za-z0-9._-]", "-", text))
+    return kept.strip("._-")[:80].rstrip("._-")
+
+
 def check_label(text: str) -> str:
     """A name for an alias or environment: as a name, and not readable as a version or selector.
 

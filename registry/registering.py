@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from registry.base_models import base_of_adapter, find_base
 from registry.compatibility import Facts, check
-from registry.errors import Changed, Conflict, InvalidInput, Refused, UnreadableFile
-from registry.formats import Found, find_checkpoints, read_adapter, resolve
+from registry.errors import Changed, Conflict, InvalidInput, NotACheckpoint, Refused, UnreadableFile
+from registry.formats import Found, Search, find_checkpoints, read_adapter, resolve
 from registry.formats.adapter import TOKENIZER_FILES, Adapter
-from registry.locations import Location, local_folder, open_location
+from registry.locations import local_folder, open_location
 from registry.manifest import BaseModel, Checkpoint, FileEntry, Manifest, Metric, Note, Report
-from registry.refs import AdapterName, check_name
+from registry.refs import AdapterName, check_name, nearest_name
 from registry.store import StoredFolder
 from registry.workspace import Change, Progress, Workspace, nothing_but, silent
 
@@ -66,14 +67,14 @@ def register(workspace: Workspace, path: str, said: Registration, *, progress: P
         Refused: an adapter does not fit its base; carries every finding.
         Conflict: this content is registered already, on another base.
     """
-    search = find_checkpoints(_folder(path))
+    search = _search(path)
     _check_words(said, len(search.found))
     bases: dict[str, BaseModel] = {}
     checked = [(found, *_match(workspace, found, said, bases, progress)) for found in search.found]
     for _, _, report in checked:
         if report.misfits:
             raise Refused(report)
-    total = sum(found.location.files()[file] for found in search.found for file in found.adapter.files)
+    total = sum(_size_bytes(found) for found in search.found)
     registered = [
         _register_one(workspace, found, base, report, said=said, advance=lambda done: progress("storing", done, total))
         for found, base, report in checked
@@ -81,11 +82,21 @@ def register(workspace: Workspace, path: str, said: Registration, *, progress: P
     return Intake(registered=tuple(registered), unreadable=search.unreadable)
 
 
-def _folder(path: str) -> Location:
-    folder = local_folder(path)
-    if folder is not None and folder.is_file():
-        return open_location(str(folder.parent))
-    return open_location(path)
+def _search(path: str) -> Search:
+    file = local_folder(path)
+    if file is None or not os.path.isfile(file):
+        return find_checkpoints(open_location(path))
+    found = find_checkpoints(open_location(str(file.parent))).found
+    own = tuple(each for each in found if each.location.local_path(each.adapter.weights_file) == file)
+    if not own:
+        raise NotACheckpoint(path, "not the weights of a readable checkpoint")
+    return Search(found=own)
+
+
+def _size_bytes(found: Found) -> int:
+    sizes = found.location.files()
+    # A file that is gone by now is noticed when it is to be stored.
+    return sum(sizes.get(file, 0) for file in found.adapter.files)
 
 
 def _check_words(said: Registration, count: int) -> None:
@@ -139,7 +150,7 @@ def _register_one(
         known = change.catalog.checkpoints.find(checkpoint.adapter, manifest.digest)
         if known is not None:
             return Registered(
-                checkpoint=_say_again(change, known, checkpoint),
+                checkpoint=_say_again(change, known, checkpoint, said.metrics),
                 created=False,
                 report=report,
                 left_out=found.left_out,
@@ -190,7 +201,7 @@ def _manifest(adapter: Adapter, entries: tuple[FileEntry, ...]) -> Manifest:
 
 
 def _checkpoint(change: Change, found: Found, base: BaseModel, manifest: Manifest, said: Registration) -> Checkpoint:
-    adapter = AdapterName.parse(said.adapter) if said.adapter else _usable_name(found.adapter_name)
+    adapter = AdapterName.parse(said.adapter) if said.adapter else nearest_name(found.adapter_name, "adapter")
     own = {metric.name for metric in said.metrics}
     notes = (Note(text=said.note, author=change.author, created_at=change.at),) if said.note else ()
     return Checkpoint(
@@ -213,33 +224,17 @@ def _checkpoint(change: Change, found: Found, base: BaseModel, manifest: Manifes
     )
 
 
-def _usable_name(text: str) -> AdapterName:
-    """A name from a folder's: what names cannot have becomes `-`; `adapter-` goes before what would read as something else."""
-    parts = [_clean(part) for part in text.split("/")[-2:]]
-    try:
-        return AdapterName.parse("/".join(parts))
-    except InvalidInput:
-        return AdapterName.parse(f"adapter-{parts[-1]}".rstrip("-"))
-
-
-def _clean(text: str) -> str:
-    kept = "".join(
-        character if character.isascii() and (character.isalnum() or character in "._-") else "-" for character in text
-    )
-    while ".." in kept:
-        kept = kept.replace("..", ".")
-    return kept.strip("._-")[:80].strip("._-")
-
-
-def _say_again(change: Change, known: Checkpoint, again: Checkpoint) -> Checkpoint:
-    """Registered before: the same base it must be; metrics, notes and tags that are new are added."""
+def _say_again(change: Change, known: Checkpoint, again: Checkpoint, measured: Sequence[Metric]) -> Checkpoint:
+    """Registered before: the same base it must be; what is said anew is added, and of what the files know, the metrics that were missing."""
     if known.base != again.base:
         raise Conflict(known.ref, f"this content is registered on the base model {known.base_name}")
     if again.arch_version and known.arch_version and again.arch_version != known.arch_version:
         raise Conflict(known.ref, f"this content is registered for architecture version {known.arch_version}")
-    told: dict[str, object] = {}
-    _add_metrics(change, known, again, told)
     checkpoints = change.catalog.checkpoints
+    told: dict[str, object] = {}
+    for metric in _news(known, again, measured):
+        checkpoints.add_metric(known, metric, change.author, change.at)
+        told[f"metric {metric.name}"] = metric.value
     for note in again.notes:
         if note.text not in {before.text for before in known.notes}:
             checkpoints.add_note(known, note)
@@ -253,8 +248,10 @@ def _say_again(change: Change, known: Checkpoint, again: Checkpoint) -> Checkpoi
     return checkpoints.find(known.adapter, known.digest) or known
 
 
-def _add_metrics(change: Change, known: Checkpoint, again: Checkpoint, told: dict[str, object]) -> None:
-    for metric in again.metrics:
-        if known.metric(metric.name) is None:
-            change.catalog.checkpoints.add_metric(known, metric, change.author, change.at)
-            told[f"metric {metric.name}"] = metric.value
+def _news(known: Checkpoint, again: Checkpoint, measured: Sequence[Metric]) -> list[Metric]:
+    """Metrics that are missing, and measured ones with another value; what the files say does not overrule what was recorded later."""
+    return [
+        metric
+        for metric in again.metrics
+        if known.metric(metric.name) is None or (metric in measured and metric.value != known.metric(metric.name))
+    ]

@@ -10,7 +10,14 @@ from typing import final
 
 from registry import base_models, merging
 from registry.base_models import AddedBase, Verification
-from registry.errors import Ambiguous, Conflict, NotFound, UnknownCheckpoint, UnknownEnvironment
+from registry.errors import (
+    Ambiguous,
+    InvalidInput,
+    NotFound,
+    RegistryError,
+    UnknownCheckpoint,
+    UnknownEnvironment,
+)
 from registry.filters import Filter
 from registry.manifest import (
     BaseModel,
@@ -37,7 +44,7 @@ from registry.workspace import Progress, Workspace, silent
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Details:
-    """A checkpoint with what it comes from and what came of it. `report` is None when base or files cannot be read; `problem` says why."""
+    """A checkpoint with what it comes from and what came of it. `report` is None when its files cannot be read; `problem` says why."""
 
     checkpoint: Checkpoint
     base: BaseModel
@@ -159,15 +166,15 @@ class Registry:
             shipments = [each for each in catalog.shipments.all() if each.checkpoint == checkpoint.ref]
             run = [each for each in catalog.checkpoints.all(checkpoint.adapter) if each.run == checkpoint.run]
         try:
-            report, problem = merging.glance(self._workspace, checkpoint, base), None
-        except NotFound as error:
-            report, problem = None, error
+            report, problem = merging.glance(self._workspace, checkpoint, base), ""
+        except RegistryError as error:
+            report, problem = None, str(error)
         at = next(index for index, each in enumerate(run) if each.version == checkpoint.version)
         return Details(
             checkpoint=checkpoint,
             base=base,
             report=report,
-            problem=str(problem or ""),
+            problem=problem,
             merged=tuple(merged),
             shipments=tuple(shipments),
             previous=run[at - 1].ref if at else "",
@@ -177,9 +184,13 @@ class Registry:
     # -- annotate
 
     def note(self, checkpoint: Checkpoint, text: str) -> None:
-        """Add a note."""
+        """Add a note.
+
+        Raises:
+            InvalidInput: no text.
+        """
         if not text.strip():
-            raise Conflict(checkpoint.ref, "a note needs text")
+            raise InvalidInput("note", text, "a note needs text")
         with self._workspace.writing() as change:
             note = Note(text=text, author=change.author, created_at=change.at)
             change.catalog.checkpoints.add_note(checkpoint, note)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,16 +36,13 @@ class Settings:
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
         """Read `CKPT_HOME`, `CKPT_DATABASE_URL`, `CKPT_STORE`, `CKPT_USER`; then `config.toml` in the home for what is unset.
 
-        Where the Hub's client keeps its files is read as that client does (`HF_HUB_CACHE`, `HF_HOME`).
+        Where the Hub's client keeps its files is read as that client does (`HF_HUB_CACHE`, `HF_HOME`, `XDG_CACHE_HOME`).
 
         Raises:
             InvalidSetting: the file is not TOML, or has a key that means nothing.
         """
-        home = (
-            Path(environment.get("CKPT_HOME") or platformdirs.user_data_path("ckpt", appauthor=False))
-            .expanduser()
-            .absolute()
-        )
+        place = environment.get("CKPT_HOME") or platformdirs.user_data_path("ckpt", appauthor=False)
+        home = Path(os.path.abspath(os.path.expanduser(place)))
         file = _read_file(home / "config.toml")
 
         def choose(key: str, default: str) -> str:
@@ -73,8 +71,9 @@ def _read_file(path: Path) -> dict[str, str]:
 
 
 def _hub_cache(environment: Mapping[str, str]) -> Path:
-    home = environment.get("HF_HOME") or "~/.cache/huggingface"
-    return Path(environment.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    caches = environment.get("XDG_CACHE_HOME") or "~/.cache"
+    home = environment.get("HF_HOME") or f"{caches}/huggingface"
+    return Path(os.path.expanduser(environment.get("HF_HUB_CACHE") or f"{home}/hub"))
 
 
 def _login_name() -> str:

@@ -33,11 +33,12 @@ def sweep(workspace: Workspace, *, older_than: timedelta, dry_run: bool = False)
             if digest not in needed and workspace.store.age(digest) >= older_than
         ]
         swept = Swept(blobs=len(unneeded), size_bytes=sum(size_bytes for _, size_bytes in unneeded))
-        if dry_run or not unneeded:
+        if dry_run:
             return swept
-        known = set(change.catalog.blobs.unreferenced())
-        change.catalog.blobs.forget(digest for digest, _ in unneeded if digest in known)
-        change.record("sweep", "store", blobs=swept.blobs, size_bytes=swept.size_bytes)
+        if unneeded:
+            known = set(change.catalog.blobs.unreferenced())
+            change.catalog.blobs.forget(digest for digest, _ in unneeded if digest in known)
+            change.record("sweep", "store", blobs=swept.blobs, size_bytes=swept.size_bytes)
         for digest, _ in unneeded:
             workspace.store.delete(digest)
     workspace.store.sweep_staging(older_than)

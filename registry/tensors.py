@@ -140,7 +140,7 @@ def read_safetensors_header(stream: IO[bytes], file: str, file_bytes: int) -> Sa
         raise CorruptFile(file, "the header ends early")
     entries = _parse_header_json(raw, file)
     metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    if not isinstance(metadata, dict) or not all(map(_is_text, (*metadata.keys(), *metadata.values()))):
         raise CorruptFile(file, "__metadata__ must map strings to strings")
     if len(entries) > MAX_TENSORS:
         raise CorruptFile(file, f"{len(entries)} tensors are more than {MAX_TENSORS}")
@@ -168,6 +168,11 @@ def _parse_header_json(raw: bytes, file: str) -> dict[str, Any]:
     return entries
 
 
+def _is_text(value: object) -> bool:
+    """Whether it is text that can be written again: JSON can spell halves of characters."""
+    return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
+
+
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
 
@@ -176,7 +181,7 @@ def _parse_entry(name: str, entry: Any, file: str, data_start: int) -> StoredTen
     check_tensor_name(name, file)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CorruptFile(file, f"{name}: expected exactly dtype, shape and data_offsets")
-    if entry["dtype"] not in DType.__members__:
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DType.__members__:
         raise CorruptFile(file, f"{name}: unknown dtype {entry['dtype']!r}")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_count, shape)):

@@ -9,6 +9,7 @@ from typing import Any, final
 
 from registry.db.catalog import Catalog
 from registry.db.schema import prepare, reading, writing
+from registry.errors import InvalidInput
 from registry.fingerprint import DigestCache
 from registry.locations import Location
 from registry.manifest import Checkpoint, FileEntry, utc_now
@@ -33,7 +34,7 @@ class Change:
         self.author = author
         self.at = utc_now()
 
-    def record(self, action: str, subject: str, **detail: Any) -> None:
+    def record(self, action: str, subject: str, /, **detail: Any) -> None:
         """Write an event; it is kept or lost together with the change it tells of."""
         self.catalog.events.append(self.author, self.at, action, subject, detail)
 
@@ -53,14 +54,22 @@ class Workspace:
 
     @contextmanager
     def reading(self) -> Iterator[Catalog]:
-        """One consistent view of the database."""
-        with reading(self._engine) as session:
+        """One consistent view of the database.
+
+        Raises:
+            InvalidInput: it is asked for what no database can hold.
+        """
+        with _storable(), reading(self._engine) as session:
             yield Catalog(session)
 
     @contextmanager
     def writing(self) -> Iterator[Change]:
-        """A transaction that is committed at the end, or not at all."""
-        with writing(self._engine) as session:
+        """A transaction that is committed at the end, or not at all.
+
+        Raises:
+            InvalidInput: it is given what no database can hold.
+        """
+        with _storable(), writing(self._engine) as session:
             yield Change(Catalog(session), self.settings.author)
 
     def folder_of(self, checkpoint: Checkpoint) -> Location:
@@ -80,6 +89,17 @@ class Workspace:
         """Release the database."""
         if "_engine" in vars(self):
             self._engine.dispose()
+
+
+@contextmanager
+def _storable() -> Iterator[None]:
+    """Text that is not Unicode (halves of characters, from bytes that were not UTF-8) and numbers beyond 64 bits are refused."""
+    try:
+        yield
+    except UnicodeEncodeError as error:
+        raise InvalidInput("text", ascii(error.object)[:80], "not Unicode text") from error
+    except OverflowError as error:
+        raise InvalidInput("number", "", str(error)) from error
 
 
 def nothing_but(values: Mapping[str, object]) -> dict[str, object]:

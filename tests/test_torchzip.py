@@ -360,6 +360,25 @@ def test_refuses_encryption_a_foreign_local_header_and_a_missing_pickle() -> Non
     assert "without data.pkl" in reason(renamed)
 
 
+@pytest.mark.parametrize(
+    ("record", "at", "value", "words"),
+    [
+        (b"PK\6\6", 0, b"PK\0\0", "no zip64 end record"),
+        (b"PK\6\6", 32, struct.pack("<Q", 1), "longer than its entries"),
+        (b"PK\6\6", 32, struct.pack("<Q", 99), "malformed zip directory"),
+        (b"PK\6\6", 40, struct.pack("<Q", 1 << 40), "are more than"),
+        (b"PK\6\6", 48, struct.pack("<Q", 1 << 60), "truncated"),
+        (b"PK\6\7", 8, struct.pack("<Q", 1 << 63), "truncated"),
+        (b"PK\1\2", 20, struct.pack("<2I", 1 << 20, 1 << 20), "ends at byte"),
+        (b"PK\1\2", 20, struct.pack("<2I", 0xFFFFFFFF, 0xFFFFFFFF), "malformed zip directory"),
+        (b"PK\1\2", 42, struct.pack("<I", 4), "does not match"),
+    ],
+)
+def test_refuses_a_directory_that_lies(record: bytes, at: int, value: bytes, words: str) -> None:
+    start = WHOLE.index(record) + at
+    assert words in reason(WHOLE[:start] + value + WHOLE[start + len(value) :])
+
+
 # ---- what is written
 
 
