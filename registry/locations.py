@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import IO, Any, Protocol, Self, cast, final
 from urllib.parse import unquote
 
+from registry.disk import Translating
 from registry.errors import CorruptFile, InvalidInput, PathNotFound, StorageFailed
 
 MAX_FILES = 20_000
@@ -25,8 +26,6 @@ _ODD = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
 _HALF = re.compile(r"[\ud800-\udfff]")
 # A link to nothing or to itself, or deleted since it was listed.
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-# The errors of object stores' clients are known by their package: importing those to name the classes would cost every start-up.
-_DRIVERS = frozenset(["botocore", "aiohttp", "gcsfs", "azure"])
 
 
 class Location(Protocol):
@@ -119,7 +118,7 @@ class LocalLocation:
             if error.filename == self.url or error.errno not in _GONE:
                 raise error
 
-        with _Translating(self.url):
+        with _reading(self.url):
             for parent, folders, names in os.walk(self._folder, onerror=fail):
                 folders[:] = (name for name in folders if not name.startswith("."))
                 for name in names:
@@ -133,17 +132,17 @@ class LocalLocation:
                         yield os.path.relpath(path, self._folder).replace(os.sep, "/"), status.st_size
 
     def identity(self, path: str) -> str:
-        with _Translating(self._at(path)):
+        with _reading(self._at(path)):
             status = os.stat(self._at(path))
         return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
 
     def open(self, path: str) -> IO[bytes]:
-        with _Translating(self._at(path)):
+        with _reading(self._at(path)):
             return open(self._at(path), "rb")
 
     def read_into(self, path: str, offset_bytes: int, buffer: memoryview) -> None:
         done = 0
-        with _Translating(self._at(path)):
+        with _reading(self._at(path)):
             descriptor = self._descriptor(path)
             while done < len(buffer):
                 read = os.preadv(descriptor, [buffer[done:]], offset_bytes + done)
@@ -185,7 +184,7 @@ class RemoteLocation:
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
         self._system, self._root = open_filesystem(self._url)
-        with _Translating(url):
+        with _reading(url):
             if not self._system.isdir(self._root):
                 raise PathNotFound(url)
 
@@ -195,25 +194,25 @@ class RemoteLocation:
 
     def files(self) -> Mapping[str, int]:
         start = len(self._root.rstrip("/")) + 1
-        with _Translating(self._url):
+        with _reading(self._url):
             self._system.invalidate_cache()  # what was there when this process last looked does not count
             found = self._system.find(self._root, detail=True)
         return _listing(self._url, ((name[start:], int(info["size"])) for name, info in found.items()))
 
     def identity(self, path: str) -> str:
-        with _Translating(f"{self._url}/{path}"):
+        with _reading(f"{self._url}/{path}"):
             self._system.invalidate_cache()
             info = self._system.info(f"{self._root}/{path}")
         marks = [info.get(key) for key in ("ETag", "etag", "md5", "mtime", "LastModified", "created")]
         return ":".join(str(mark) for mark in [info["size"], *marks] if mark is not None)
 
     def open(self, path: str) -> IO[bytes]:
-        with _Translating(f"{self._url}/{path}"):
+        with _reading(f"{self._url}/{path}"):
             return cast("IO[bytes]", self._system.open(f"{self._root}/{path}", "rb"))
 
     def read_into(self, path: str, offset_bytes: int, buffer: memoryview) -> None:
         end = offset_bytes + len(buffer)
-        with _Translating(f"{self._url}/{path}"):
+        with _reading(f"{self._url}/{path}"):
             found = self._system.cat_file(f"{self._root}/{path}", start=offset_bytes, end=end) if buffer else b""
         if len(found) != len(buffer):
             raise CorruptFile(path, f"ends before byte {end}")
@@ -256,19 +255,5 @@ def _listing(url: str, files: Iterable[tuple[str, int]]) -> Mapping[str, int]:
     return dict(sorted(found.items()))
 
 
-@final
-class _Translating:
-    """Turns what the system or an object store's client raises into `PathNotFound` or `StorageFailed`."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-            raise PathNotFound(self._url) from error
-        if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _DRIVERS:
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise StorageFailed(self._url, reason) from error
+def _reading(url: str) -> Translating:
+    return Translating(url, missing=PathNotFound(url))

@@ -27,7 +27,8 @@ from typing import IO, TYPE_CHECKING, Any, Protocol, Self, cast, final
 
 from blake3 import blake3
 
-from registry.errors import Changed, Conflict, CorruptFile, DamagedBlob, PathNotFound, RegistryError, StorageFailed
+from registry.disk import Translating, make_folders, sync, sync_folder
+from registry.errors import Changed, Conflict, CorruptFile, DamagedBlob, PathNotFound, StorageFailed
 from registry.locations import Location, local_folder, open_filesystem
 from registry.manifest import FileEntry, digest_of
 from registry.refs import Digest
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 4 << 20
 _BLOB_KEY = re.compile(r"blobs/([0-9a-f]{2})/(\1[0-9a-f]{62})")
-_DRIVERS = frozenset(["botocore", "aiohttp", "gcsfs", "azure"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +80,7 @@ class Store:
         source = f"{location.url}/{path}"
         identity = location.identity(path)
         with self.create(sha256=True) as writer:
-            with _Translating(source), location.open(path) as stream:
+            with Translating(source), location.open(path) as stream:
                 before = (identity, stream.seek(0, os.SEEK_END))
                 stream.seek(0)
                 for block in _blocks(stream, source, BLOCK_BYTES):
@@ -133,33 +133,6 @@ class Store:
         self.size(digest)
         return self._folder / _key(digest)
 
-    def export(self, digest: Digest, size_bytes: int, target: Path) -> None:
-        """Write a blob to a local file, verified on the way. Missing folders are made; an existing file is replaced, at once or not at all.
-
-        Args:
-            digest: the blob.
-            size_bytes: how large it must be.
-            target: where to; untouched when the blob is not right.
-
-        Raises:
-            DamagedBlob: the blob is missing, or not what its name and size say.
-        """
-        found_bytes = self.size(digest)
-        if found_bytes != size_bytes:
-            raise self._damaged(digest, f"{size_bytes} bytes", f"{found_bytes} bytes")
-        unfinished = target.with_name(f".{secrets.token_hex(8)}.part")
-        with _Translating(str(target)):
-            _make_folders(target.parent)
-            try:
-                with unfinished.open("xb") as file:
-                    for block in self._verified(digest):
-                        file.write(block)
-                    _sync(file)
-                unfinished.replace(target)
-                _sync_folder(target.parent)
-            finally:
-                unfinished.unlink(missing_ok=True)
-
     def verify(self, digest: Digest) -> None:
         """Read a blob whole and compare its bytes with its name.
 
@@ -180,7 +153,7 @@ class Store:
 
     def blobs(self) -> Iterator[tuple[Digest, int]]:
         """Every blob and its size in bytes, in no particular order. Other files in the folder are not ours and left out."""
-        with _Translating(self.url):
+        with Translating(self.url):
             for key, size_bytes in self._files.walk("blobs"):
                 if match := _BLOB_KEY.fullmatch(key):
                     yield Digest(match[2]), size_bytes
@@ -196,7 +169,7 @@ class Store:
 
     def delete(self, digest: Digest) -> None:
         """Remove a blob; a missing one is fine."""
-        with _Translating(self.url):
+        with Translating(self.url):
             self._files.delete(_key(digest))
 
     def sweep_staging(self, older_than: timedelta) -> int:
@@ -206,7 +179,7 @@ class Store:
             older_than: how long the last write must be past; well above the longest pause of a living writer.
         """
         removed = 0
-        with _Translating(self.url):
+        with Translating(self.url):
             for key, _ in self._files.walk("staging"):
                 with suppress(FileNotFoundError):  # committed or swept by another process since it was listed
                     if self._files.age_seconds(key) >= older_than.total_seconds():
@@ -214,8 +187,8 @@ class Store:
                         removed += 1
         return removed
 
-    def _reading(self, digest: Digest) -> _Translating:
-        return _Translating(self.url, missing=self._damaged(digest, str(digest), "missing"))
+    def _reading(self, digest: Digest) -> Translating:
+        return Translating(self.url, missing=self._damaged(digest, str(digest), "missing"))
 
     def _damaged(self, digest: Digest, expected: str, found: str) -> DamagedBlob:
         return DamagedBlob(f"{self.url}/{_key(digest)}", expected, found)
@@ -233,7 +206,7 @@ class BlobWriter:
         self._blake3 = blake3()
         self._sha256 = hashlib.sha256() if sha256 else None
         self.size_bytes = 0
-        with _Translating(url):
+        with Translating(url):
             self._staged: _Staged | None = files.stage()
 
     def write(self, data: bytes | memoryview[Any]) -> None:
@@ -245,7 +218,7 @@ class BlobWriter:
         """
         staged, view = self._unfinished(), memoryview(data).cast("B")
         try:
-            with _Translating(self._url):
+            with Translating(self._url):
                 staged.stream.write(view)
         except BaseException:
             self.cancel()
@@ -270,7 +243,7 @@ class BlobWriter:
         try:
             if expected is not None and digest != expected:
                 raise DamagedBlob(f"{self._url}/{_key(expected)}", str(expected), str(digest))
-            with _Translating(self._url):
+            with Translating(self._url):
                 self._files.publish(staged, _key(digest), self.size_bytes)
         finally:
             self.cancel()
@@ -280,7 +253,7 @@ class BlobWriter:
         """Drop what was written. Harmless at any time, also after `commit`; what the store does not let go is left to the sweep."""
         staged, self._staged = self._staged, None
         if staged is not None:
-            with suppress(StorageFailed), _Translating(self._url):
+            with suppress(StorageFailed), Translating(self._url):
                 try:
                     staged.stream.close()
                 finally:
@@ -372,30 +345,11 @@ def _blocks(stream: IO[bytes], url: str, block_bytes: int) -> Iterator[memoryvie
     buffer = memoryview(bytearray(block_bytes))
     source = cast("io.BufferedIOBase", stream)
     while True:
-        with _Translating(url):
+        with Translating(url):
             count = source.readinto(buffer)
         if not count:
             return
         yield buffer[:count]
-
-
-@final
-class _Translating:
-    """Turns errors of the operating system and of object store clients into `StorageFailed`, or a missing file into what is given."""
-
-    def __init__(self, url: str, missing: RegistryError | None = None) -> None:
-        self._url, self._missing = url, missing
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self._missing is not None and isinstance(error, FileNotFoundError):
-            raise self._missing from error
-        # The clients' own errors are known by their package: importing those to name the classes would cost every start-up.
-        if isinstance(error, OSError | NotImplementedError) or type(error).__module__.partition(".")[0] in _DRIVERS:
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise StorageFailed(self._url, reason[:1].lower() + reason[1:]) from error
 
 
 class _OpenBlob(Protocol):
@@ -438,21 +392,21 @@ class _LocalFiles:
 
     def stage(self) -> _Staged:
         key = f"staging/{secrets.token_hex(16)}"
-        _make_folders(self._root / "staging")
+        make_folders(self._root / "staging")
         return _Staged(key, (self._root / key).open("xb"))
 
     def publish(self, staged: _Staged, key: str, size_bytes: int) -> None:
         blob = self._root / key
         if not _holds(self, key, size_bytes):
-            _sync(staged.stream)
-            _make_folders(blob.parent)
+            sync(staged.stream)
+            make_folders(blob.parent)
             # Another process may have published the same bytes just now; replacing them by themselves harms nobody.
             (self._root / staged.key).replace(blob)
         else:
             os.utime(blob)  # whoever sweeps must see that somebody wants it again
         # Also for a blob that was there: its writer may not have come that far, and its folder may be as new.
-        _sync_folder(blob.parent)
-        _sync_folder(blob.parent.parent)
+        sync_folder(blob.parent)
+        sync_folder(blob.parent.parent)
 
     def open(self, key: str) -> _OpenBlob:
         return _LocalBlob(self._root / key)
@@ -574,7 +528,7 @@ class _BlobStream(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: WriteableBuffer, /) -> int:
-        with _Translating(self._url):
+        with Translating(self._url):
             count = self._blob.read_into(self._position, memoryview(buffer).cast("B"))
         self._position += count
         return count
@@ -587,24 +541,3 @@ class _BlobStream(io.RawIOBase):
         if not self.closed:
             self._blob.close()
         super().close()
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _make_folders(folder: Path) -> None:
-    """Make a folder and its missing parents, so that they outlast a power cut."""
-    if not folder.is_dir():
-        _make_folders(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

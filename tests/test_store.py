@@ -205,14 +205,13 @@ def test_read_into_fills_the_buffer_or_says_that_the_blob_is_short(store: Store)
         assert caught.value.found == "10 bytes"
 
 
-def test_a_missing_blob_is_named(store: Store, tmp_path: Path) -> None:
+def test_a_missing_blob_is_named(store: Store) -> None:
     digest = digest_of_bytes(b"never stored")
     reads: dict[str, Callable[[], object]] = {
         "open": lambda: store.open(digest),
         "read_into": lambda: store.read_into(digest, 0, memoryview(bytearray(1))),
         "size": lambda: store.size(digest),
         "verify": lambda: store.verify(digest),
-        "export": lambda: store.export(digest, 1, tmp_path / "target"),
     }
     for read in reads.values():
         with pytest.raises(DamagedBlob) as caught:
@@ -222,39 +221,16 @@ def test_a_missing_blob_is_named(store: Store, tmp_path: Path) -> None:
     store.delete(digest)
     assert list(store.blobs()) == []
     assert store.sweep_staging(NOW) == 0
-    assert not (tmp_path / "target").exists()
 
 
-def test_damage_is_found_by_verify_and_export(store: Store, tmp_path: Path) -> None:
-    data, target = random.Random(2).randbytes(BLOCK_BYTES + 1), tmp_path / "out" / "weights.bin"
+def test_damage_is_found_by_verify(store: Store) -> None:
+    data = random.Random(2).randbytes(BLOCK_BYTES + 1)
     digest = put(store, data).digest
     store.verify(digest)
-    store.export(digest, len(data), target)
-    assert target.read_bytes() == data
-    flipped = data[:-1] + bytes([data[-1] ^ 1])
-    for damaged in (flipped, data[:-1], data + b"x", b""):
+    for damaged in (data[:-1] + bytes([data[-1] ^ 1]), data[:-1], data + b"x", b""):
         overwrite(store, digest, damaged)
         with pytest.raises(DamagedBlob):
             store.verify(digest)
-        for size_bytes in (len(data), len(damaged)):
-            with pytest.raises(DamagedBlob):
-                store.export(digest, size_bytes, target)
-    assert target.read_bytes() == data
-    assert [path.name for path in target.parent.iterdir()] == ["weights.bin"]
-
-
-def test_export_replaces_a_file_and_wants_the_right_size(store: Store, tmp_path: Path) -> None:
-    blob, target = put(store, b"new"), tmp_path / "file"
-    target.write_bytes(b"the old content")
-    with pytest.raises(DamagedBlob) as caught:
-        store.export(blob.digest, 4, target)
-    assert (caught.value.expected, caught.value.found) == ("4 bytes", "3 bytes")
-    assert target.read_bytes() == b"the old content"
-    store.export(blob.digest, 3, target)
-    assert target.read_bytes() == b"new"
-    with pytest.raises(StorageFailed) as failed:
-        store.export(blob.digest, 3, target / "below a file")
-    assert failed.value.url == str(target / "below a file")
 
 
 # Housekeeping
@@ -527,20 +503,6 @@ for attempt in (lambda: put(bytes(4 << 20)), lambda: [writer.write(bytes(300_000
 """
     assert result(start(local, code)).splitlines() == ["True file too large"] * 2
     assert (list(local.blobs()), staged(local)) == ([(digest_of_bytes(bytes(1000)), 1000)], 0)
-
-
-def test_a_full_disk_leaves_no_half_export(local: Store, tmp_path: Path) -> None:
-    digest, target = put(local, bytes(4 << 20)).digest, tmp_path / "out" / "file"
-    code = f"""
-import resource
-from pathlib import Path
-from registry.refs import Digest
-resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-try: store.export(Digest({digest.hex!r}), 4 << 20, Path({str(target)!r}))
-except StorageFailed as error: print(error.url, error.reason)
-"""
-    assert result(start(local, code)) == f"{target} file too large"
-    assert list(target.parent.iterdir()) == []
 
 
 def test_a_folder_that_may_not_be_written_fails_as_storage() -> None:
