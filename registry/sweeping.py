@@ -8,6 +8,10 @@ from datetime import timedelta
 from registry.workspace import Workspace
 
 
+# A writer that has not written for so long is dead, whatever the caller wants removed.
+_LONGEST_PAUSE = timedelta(hours=1)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Swept:
     """What was removed, or would be."""
@@ -41,5 +45,5 @@ def sweep(workspace: Workspace, *, older_than: timedelta, dry_run: bool = False)
             change.record("sweep", "store", blobs=swept.blobs, size_bytes=swept.size_bytes)
         for digest, _ in unneeded:
             workspace.store.delete(digest)
-    workspace.store.sweep_staging(older_than)
+    workspace.store.sweep_staging(max(older_than, _LONGEST_PAUSE))
     return swept
