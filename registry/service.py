@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import final
 
-from registry import base_models, merging
+from registry import base_models, examining, merging
 from registry.base_models import AddedBase, Verification
 from registry.errors import (
     Ambiguous,
@@ -18,6 +18,7 @@ from registry.errors import (
     UnknownCheckpoint,
     UnknownEnvironment,
 )
+from registry.examining import Examined
 from registry.filters import Filter
 from registry.manifest import (
     BaseModel,
@@ -31,7 +32,7 @@ from registry.manifest import (
     Shipment,
 )
 from registry.merge.plan import Plan
-from registry.merging import Examined, MergeResult
+from registry.merging import MergeResult
 from registry.pulling import pull
 from registry.refs import AdapterName, CheckpointRef, check_label, check_name
 from registry.registering import Intake, Registration, register
@@ -166,7 +167,7 @@ class Registry:
             shipments = [each for each in catalog.shipments.all() if each.checkpoint == checkpoint.ref]
             run = [each for each in catalog.checkpoints.all(checkpoint.adapter) if each.run == checkpoint.run]
         try:
-            report, problem = merging.glance(self._workspace, checkpoint, base), ""
+            report, problem = examining.glance(self._workspace, checkpoint, base), ""
         except RegistryError as error:
             report, problem = None, str(error)
         at = next(index for index, each in enumerate(run) if each.version == checkpoint.version)
@@ -289,7 +290,7 @@ class Registry:
         """Compare a checkpoint with the base model it was trained on, or with another one (name, digest, path or URL)."""
         wanted = base or checkpoint.base.hex
         found = base_models.find_base(self._workspace, wanted, progress=progress)
-        return merging.examine(self._workspace, checkpoint, found, progress)
+        return examining.examine(self._workspace, checkpoint, found, progress)
 
     def plan(self, checkpoint: Checkpoint, *, dtype: DType | None = None, progress: Progress = silent) -> Planned:
         """What merging a checkpoint into its base would do.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import final
 
-from sqlalchemy import ColumnElement, delete, select
+from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
 from registry.db.blobs import Blobs
@@ -20,8 +21,8 @@ from registry.db.tables import (
     MergedLocationRow,
     MergedRow,
 )
-from registry.errors import Ambiguous, PathNotFound, UnknownBase, UnknownCheckpoint, UnknownMerged
-from registry.manifest import Checkpoint, Merged, to_json
+from registry.errors import Ambiguous, UnknownBase, UnknownCheckpoint, UnknownMerged
+from registry.manifest import Checkpoint, FileEntry, Merged, to_json
 from registry.refs import AdapterName, Digest
 
 STORE = ""
@@ -64,8 +65,12 @@ class MergedModels:
         )
         return self._load(MergedRow.id.in_(used))
 
-    def add(self, merged: Merged) -> Merged:
+    def add(self, merged: Merged, kept: Iterable[FileEntry] = ()) -> Merged:
         """Record the result of a recipe, with its inputs (as `merged.checkpoints` names them) and locations.
+
+        Args:
+            merged: the result.
+            kept: its files that the store keeps wherever the others are.
 
         Raises:
             NameTaken: the recipe has a result already.
@@ -87,6 +92,7 @@ class MergedModels:
         self._session.add(row)
         self._session.flush()
         self._add_inputs(row.id, merged)
+        Blobs(self._session).require(MergedBlobRow, row.id, kept)
         for url in merged.locations:
             self.add_location(merged, url)
         return self._one(row.id)
@@ -116,22 +122,6 @@ class MergedModels:
             self._session.add(MergedLocationRow(merged_id=merged_id, url=url))
         if url == STORE:
             Blobs(self._session).require(MergedBlobRow, merged_id, merged.files)
-        return self._one(merged_id)
-
-    def remove_location(self, merged: Merged, url: str) -> Merged:
-        """Record that a folder (empty text: the store) does not hold it any more.
-
-        Raises:
-            PathNotFound: it was not recorded there.
-        """
-        merged_id = merged_row_id(self._session, merged)
-        if url not in self._one(merged_id).locations:
-            raise PathNotFound(url)
-        self._session.execute(
-            delete(MergedLocationRow).where(MergedLocationRow.merged_id == merged_id, MergedLocationRow.url == url)
-        )
-        if url == STORE:
-            Blobs(self._session).require(MergedBlobRow, merged_id, ())
         return self._one(merged_id)
 
     def _one(self, merged_id: int) -> Merged:

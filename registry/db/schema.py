@@ -7,6 +7,7 @@ commits. SQLite's one writer does that when asked for at BEGIN; on PostgreSQL an
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -232,7 +233,8 @@ def alembic_config(connection: Connection) -> Any:
 
     packaged = Path(__file__).parents[1] / "_migrations"
     scripts = packaged if packaged.is_dir() else Path(__file__).parents[2] / "migrations"
-    config = Config(attributes={"connection": connection})
+    # alembic would print, and remembers the stdout it was imported with
+    config = Config(attributes={"connection": connection}, stdout=io.StringIO())
     config.set_main_option("script_location", str(scripts).replace("%", "%%"))
     return config
 

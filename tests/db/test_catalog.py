@@ -22,7 +22,6 @@ from registry.errors import (
     InUse,
     NameTaken,
     NotFound,
-    PathNotFound,
     UnknownAdapter,
     UnknownBase,
     UnknownCheckpoint,
@@ -371,16 +370,15 @@ class TestMerged:
             with pytest.raises(UnknownMerged):
                 catalog.merged.resolve(wrong)
 
-    def test_locations_come_and_go_and_the_store_keeps_blobs(self, catalog: Catalog) -> None:
-        made = catalog.merged.add(merged(*add(catalog)))
+    def test_the_store_keeps_what_lies_in_it_and_what_it_is_told_to(self, catalog: Catalog) -> None:
+        made, kept = merged(*add(catalog)), FileEntry(path="merge.json", size_bytes=1, digest=digest("merge.json"))
+        made = catalog.merged.add(made, [kept])
+        assert {digest("merge.json")} <= catalog.blobs.needed()
+        assert digest("model.safetensors") not in catalog.blobs.needed()
         for url in ("", "/copy", "/copy"):
             made = catalog.merged.add_location(made, url)
         assert made.locations == ("/out", "", "/copy")
-        assert catalog.blobs.unreferenced() == []
-        assert catalog.merged.remove_location(made, "").locations == ("/out", "/copy")
-        assert catalog.blobs.unreferenced() == [digest("model.safetensors")]
-        with pytest.raises(PathNotFound):
-            catalog.merged.remove_location(made, "")
+        assert {digest("model.safetensors")} <= catalog.blobs.needed()
         with pytest.raises(UnknownMerged):
             catalog.merged.add_location(replace(made, recipe=replace(made.recipe, formula=2)), "")
 
