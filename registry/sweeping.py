@@ -7,7 +7,6 @@ from datetime import timedelta
 
 from registry.workspace import Workspace
 
-
 # A writer that has not written for so long is dead, whatever the caller wants removed.
 _LONGEST_PAUSE = timedelta(hours=1)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from registry.changes import Resolution
 from registry.errors import NotACheckpoint, UnreadableFile
 from registry.formats.adapter import Adapter, Found
+from registry.formats.findings import unsupported
 from registry.formats.litgpt import is_litgpt, places_in_litgpt, read_litgpt
 from registry.formats.litgpt_resolve import resolve_litgpt
 from registry.formats.peft import is_peft, places_in_peft, read_peft
@@ -64,4 +65,10 @@ def read_adapter(location: Location) -> Adapter:
 
 def resolve(adapter: Adapter, base: BaseModel) -> Resolution:
     """Match an adapter's tensors with a base model's, from headers alone."""
-    return resolve_peft(adapter, base) if adapter.format is Format.PEFT else resolve_litgpt(adapter, base)
+    found = resolve_peft(adapter, base) if adapter.format is Format.PEFT else resolve_litgpt(adapter, base)
+    odd = [change.target for change in found.changes if not change.target.dtype.is_mergeable]
+    refusals = [
+        unsupported("base_dtype", spec.name, found=spec.dtype.long_name, advice="merge into a base with 16 or 32 bit weights")
+        for spec in odd
+    ]  # fmt: skip
+    return replace(found, findings=(*found.findings, *refusals))

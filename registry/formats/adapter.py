@@ -13,7 +13,7 @@ import yaml
 from registry.errors import CorruptFile
 from registry.locations import Location
 from registry.manifest import Format, Metric
-from registry.tensors import DType, StoredTensor, TensorSpec, read_safetensors_header
+from registry.tensors import MAX_HEADER_BYTES, DType, StoredTensor, TensorSpec, read_safetensors_header
 from registry.torchzip import is_torch_zip, read_torch_zip
 
 MAX_CONFIG_BYTES = 16 << 20
@@ -83,7 +83,7 @@ def read_tensors(location: Location, path: str) -> tuple[StoredTensor, ...]:
         stream.seek(0)
         if is_torch_zip(head):
             return read_torch_zip(stream, path, size_bytes).tensors
-        if head[:1] == b"\x80":
+        if head[:1] == b"\x80" and int.from_bytes(head, "little") > MAX_HEADER_BYTES:
             raise CorruptFile(path, "a bare pickle, which could run code when read: save it again as safetensors")
         return read_safetensors_header(stream, path, size_bytes).tensors
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from registry.errors import CorruptFile, NotACheckpoint
 from registry.formats.adapter import read_json, read_yaml
 from registry.locations import Location
-from registry.manifest import BaseFile, BaseFormat
-from registry.tensors import StoredTensor, TensorSpec, read_safetensors_header
+from registry.manifest import BaseFile, BaseFormat, BaseModel
+from registry.tensors import StoredTensor, read_safetensors_header
 from registry.torchzip import read_torch_zip
 
 INDEX_FILE = "model.safetensors.index.json"
 LITGPT_WEIGHTS = "lit_model.pth"
-HEAD_NAMES = ("lm_head.weight", "embed_out.weight")
+TEMPLATE_FOLDER = "additional_chat_templates/"
+_HEAD_NAMES = ("lm_head.weight", "embed_out.weight")
 _EMBEDDING_NAMES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 # Files that are weights or training state in some form: a model directory made from the base must not carry them along.
 _NOT_SIDECARS = (
@@ -127,7 +128,9 @@ def _sidecars(files: Mapping[str, int]) -> tuple[str, ...]:
     return tuple(
         path
         for path in files
-        if "/" not in path and not path.endswith(_NOT_SIDECARS) and not path.startswith(("adapter_", "merge.json"))
+        if ("/" not in path or path.startswith(TEMPLATE_FOLDER))
+        and not path.endswith(_NOT_SIDECARS)
+        and not path.startswith(("adapter_", "merge.json"))
     )
 
 
@@ -152,17 +155,19 @@ class Embeddings:
     tied: bool
 
 
-def find_embeddings(config: Mapping[str, Any], tensors: Sequence[TensorSpec]) -> Embeddings | None:
+def find_embeddings(base: BaseModel) -> Embeddings | None:
     """Find input embedding and head among a Hugging Face model's tensors; None when there is no single input embedding.
 
-    A head that the files do not have, or that the configuration calls tied, is the input embedding.
+    Tied is what the configuration says. Where it is silent, a head that the files do not have, or that equals the input embedding to the
+    byte, is the same matrix.
     """
-    names = {spec.name for spec in tensors}
+    names = {tensor.spec.name for tensor in base.tensors}
     inputs = [name for name in names if name.endswith(_EMBEDDING_NAMES)]
     if len(inputs) != 1:
         return None
-    heads = [name for name in names if name.split(".", 1)[-1] in HEAD_NAMES or name in HEAD_NAMES]
+    heads = [name for name in names if name.split(".", 1)[-1] in _HEAD_NAMES or name in _HEAD_NAMES]
     family_head = "embed_out.weight" if inputs[0].endswith("embed_in.weight") else "lm_head.weight"
     head = heads[0] if len(heads) == 1 else family_head
-    flag = config.get("tie_word_embeddings")
-    return Embeddings(input_name=inputs[0], head_name=head, tied=bool(flag) if flag is not None else head not in names)
+    digests, flag = base.fingerprint.tensors, base.config.get("tie_word_embeddings")
+    is_same = head not in names or digests[head] == digests[inputs[0]]
+    return Embeddings(input_name=inputs[0], head_name=head, tied=bool(flag) if flag is not None else is_same)

@@ -28,7 +28,7 @@ _WEIGHTS_FILES = (
     "lit_model_lora_finetuned.pth", "lit_model_adapter_v2_finetuned.pth", "lit_model_adapter_finetuned.pth",
 )  # fmt: skip
 _STEP_FOLDER = re.compile(r"step-(\d+)")
-_FLAGS = ("query", "key", "value", "projection", "mlp", "head")
+FLAGS = ("query", "key", "value", "projection", "mlp", "head")
 
 
 def is_litgpt(files: Mapping[str, int]) -> bool:
@@ -60,7 +60,7 @@ def read_litgpt(location: Location) -> Adapter:
         rank=positive_rank(rank, HYPERPARAMETERS_FILE, "lora_r") if is_lora and rank is not None else None,
         alpha=finite_number(alpha, HYPERPARAMETERS_FILE, "lora_alpha") if is_lora and alpha is not None else None,
         scaling="alpha/r" if is_lora else "",
-        targets=tuple(flag for flag in _FLAGS if is_lora and hyper.get(f"lora_{flag}") is True),
+        targets=tuple(flag for flag in FLAGS if is_lora and hyper.get(f"lora_{flag}") is True),
         base_name=str(hyper.get("checkpoint_dir") or ""),
         weights_file=weights,
         tensors=tensors,

@@ -14,12 +14,11 @@ from typing import Any
 from registry.changes import Change, LowRank, Resolution, Rows
 from registry.errors import CorruptFile
 from registry.formats.adapter import Adapter, spec_like
-from registry.formats.litgpt import HYPERPARAMETERS_FILE, MODEL_CONFIG_FILE
-from registry.formats.peft_keys import misfit, unsupported
+from registry.formats.findings import OTHER_BASE, misfit, unsupported
+from registry.formats.litgpt import FLAGS, HYPERPARAMETERS_FILE, MODEL_CONFIG_FILE
 from registry.manifest import BaseFormat, BaseModel, Finding
 from registry.tensors import StoredTensor
 
-_OTHER_BASE = "is this the base model it was trained on?"
 _QKV_PARTS = ("query", "key", "value")
 _COMPARED = (
     "n_embd", "n_layer", "n_head", "n_query_groups", "head_size", "intermediate_size", "padded_vocab_size",
@@ -99,7 +98,7 @@ def _compare_configs(adapter: Adapter, base: BaseModel) -> Iterator[Finding]:
         own, other = adapter.base_config.get(key), base.config.get(key)
         if own is not None and other is not None and own != other:
             yield misfit("config_differs", MODEL_CONFIG_FILE, expected=f"{key}={own!r}, as when it was trained", found=f"{other!r}",
-                         advice=_OTHER_BASE)  # fmt: skip
+                         advice=OTHER_BASE)  # fmt: skip
 
 
 def _not_mergeable(adapter: Adapter) -> Finding:
@@ -131,7 +130,7 @@ def _check_shapes(adapter: Adapter, base: BaseModel) -> Iterator[Finding]:
             expected = ()
         if shape != expected:
             code, wanted = ("shape_mismatch", f"{list(expected)}") if expected else ("no_base_tensor", "such a module")
-            yield misfit(code, name, expected=wanted, found=f"{list(shape)}", advice=_OTHER_BASE)
+            yield misfit(code, name, expected=wanted, found=f"{list(shape)}", advice=OTHER_BASE)
 
 
 class _LoraResolver:
@@ -163,9 +162,8 @@ class _LoraResolver:
         self._check_targets(set(modules))
 
     def _check_hyperparameters(self) -> None:
-        missing = [
-            key for key in ("lora_r", "lora_alpha", *(f"lora_{flag}" for flag in _QKV_PARTS)) if key not in self._hyper
-        ]
+        wanted = ("lora_r", "lora_alpha", *(f"lora_{flag}" for flag in FLAGS))
+        missing = [key for key in wanted if key not in self._hyper]
         if missing:
             self.findings.append(
                 unsupported("hyperparameters_missing", HYPERPARAMETERS_FILE, found=f"no {', '.join(missing)}",
@@ -179,7 +177,7 @@ class _LoraResolver:
             other = {"attn.attn": "attn.qkv", "attn.qkv": "attn.attn"}
             era = next((new for old, new in other.items() if f"{module.replace(old, new)}.weight" in self._base), None)
             self._misfit("no_base_tensor", f"{module}.lora_A", f"{module}.weight", f"only {era}: another row order" if era else "none",
-                         "use a base converted by the litgpt version it was trained with" if era else _OTHER_BASE)  # fmt: skip
+                         "use a base converted by the litgpt version it was trained with" if era else OTHER_BASE)  # fmt: skip
             return None
         if len(a.spec.shape) != 2 or len(b.spec.shape) != 2:
             self._misfit("shape_mismatch", module, "two matrices", f"{list(a.spec.shape)} and {list(b.spec.shape)}")
@@ -263,6 +261,11 @@ class _LoraResolver:
                     "none in the file",
                     "the adapter is incomplete",
                 )
+        for module in have:
+            flag = _flag_of(module)
+            if not self._is_on(flag) and f"{module}.weight" in self._base:
+                self._misfit("unused_tensor", module, f"no factors, as {flag or 'this kind of module'} is not enabled", "factors",
+                             "hyperparameters.yaml is not this run's")  # fmt: skip
         if not self._tensors:
             self._misfit("nothing_matched", "adapter", "low-rank factors", "none")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from registry.changes import Change, Resolution
 from registry.errors import InvalidRecipe
-from registry.formats.base_model import INDEX_FILE, LITGPT_WEIGHTS
+from registry.formats.base_model import INDEX_FILE, LITGPT_WEIGHTS, TEMPLATE_FOLDER
 from registry.formats.peft import own_files
 from registry.manifest import BaseFormat, BaseModel, Recipe
 from registry.tensors import DType, SafetensorsHeader, StoredTensor, TensorSpec, layout_safetensors
@@ -29,7 +29,6 @@ _TOKENIZER_FILES = frozenset({
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model",
 })  # fmt: skip
 _CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
-_TEMPLATE_FOLDER = "additional_chat_templates/"
 # What an adapter's folder may override besides its tokenizer.
 _FROM_ADAPTER = frozenset(
     {"generation_config.json", "prompt_style.yaml", "preprocessor_config.json", "processor_config.json"}
@@ -242,33 +241,29 @@ def _named_to_load(files: Sequence[OutputFile]) -> tuple[OutputFile, ...]:
 
 
 def _sidecars(inputs: Inputs, files: Sequence[OutputFile]) -> Iterator[Sidecar]:
-    base_files = [
-        file.path for file in inputs.base.files if file.path not in {tensor.file for tensor in inputs.base.tensors}
-    ]
+    weights = {tensor.file for tensor in inputs.base.tensors}
     own = [path for path in own_files(dict.fromkeys(inputs.adapter_files, 0)) if _may_come_from_adapter(path)]
     has_tokenizer = bool({"tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model"} & set(own))
-    has_template = "chat_template" in inputs.adapter_tokenizer_config or bool(set(_CHAT_TEMPLATES) & set(own))
+    has_template = "chat_template" in inputs.adapter_tokenizer_config or any(map(_is_template, own))
+    made = _config_files(inputs)
     for path in own:
         yield Sidecar(path=path, from_adapter=True)
-    for path in base_files:
-        replaced = (
-            path in own or (has_tokenizer and path in _TOKENIZER_FILES) or (has_template and path in _CHAT_TEMPLATES)
-        )
-        if not replaced and path not in _config_files(inputs):
+    for path in (file.path for file in inputs.base.files):
+        replaced = (has_tokenizer and path in _TOKENIZER_FILES) or (has_template and _is_template(path))
+        if path not in {*weights, *own, *made} and not replaced:
             yield Sidecar(path=path)
-    for path, data in _config_files(inputs).items():
+    for path, data in made.items():
         yield Sidecar(path=path, data=data)
     if len(files) > 1:
         yield Sidecar(path=INDEX_FILE, data=_index(files))
 
 
+def _is_template(path: str) -> bool:
+    return path in _CHAT_TEMPLATES or path.startswith(TEMPLATE_FOLDER)
+
+
 def _may_come_from_adapter(path: str) -> bool:
-    return (
-        path in _TOKENIZER_FILES
-        or path in _CHAT_TEMPLATES
-        or path in _FROM_ADAPTER
-        or path.startswith(_TEMPLATE_FOLDER)
-    )
+    return path in _TOKENIZER_FILES or path in _FROM_ADAPTER or _is_template(path)
 
 
 def _config_files(inputs: Inputs) -> dict[str, bytes]:
