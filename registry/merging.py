@@ -55,7 +55,7 @@ def plan_merge(workspace: Workspace, examined: Examined, dtype: DType | None = N
         raise Refused(examined.report)
     base, folder = examined.base, workspace.folder_of(examined.checkpoint)
     recipe = Recipe(base=base.digest, inputs=(RecipeInput(checkpoint=examined.checkpoint.digest),), dtype=dtype)
-    has_config = "tokenizer_config.json" in folder.files()
+    place = open_base(workspace, base)
     return make_plan(
         Inputs(
             recipe=recipe,
@@ -63,10 +63,15 @@ def plan_merge(workspace: Workspace, examined: Examined, dtype: DType | None = N
             resolution=examined.resolution,
             adapter_files=tuple(folder.files()),
             adapter_bytes=sum(tensor.spec.size_bytes for tensor in examined.adapter.tensors),
-            adapter_tokenizer_config=read_json(folder, "tokenizer_config.json") if has_config else {},
-            heads=_heads(open_base(workspace, base), base),
+            adapter_tokenizer_config=_tokenizer_config(folder),
+            base_tokenizer_config=_tokenizer_config(place),
+            heads=_heads(place, base),
         )
     )
+
+
+def _tokenizer_config(folder: Location) -> dict[str, Any]:
+    return read_json(folder, "tokenizer_config.json") if "tokenizer_config.json" in folder.files() else {}
 
 
 def _heads(location: Location, base: BaseModel) -> dict[str, tuple[bytes, SafetensorsHeader]]:

@@ -213,7 +213,7 @@ def test_a_tokenizer_with_more_ids_than_rows_is_refused(bench: Bench, adapter: P
         ({"init_lora_weights": "warp"}, "option_unknown", "init_lora_weights='warp'"),
         ({"init_lora_weights": "pissa_niter_4"}, "initialiser_changes_base", "init_lora_weights='pissa_niter_4'"),
         ({"init_lora_weights": "OLoRA"}, "initialiser_changes_base", "init_lora_weights='OLoRA'"),
-        ({"rank_pattern": {"a(": 4}}, "pattern_unsafe", "rank_pattern: 'a('"),
+        ({"rank_pattern": {"a(": 4}}, "pattern_invalid", "rank_pattern: 'a('"),
     ],
 )
 def test_what_cannot_be_merged_is_recorded_all_the_same(
@@ -233,7 +233,7 @@ def test_what_cannot_be_merged_is_recorded_all_the_same(
         ({"rank_pattern": {"k_proj": 2}}, "pattern_unused"),
         ({"alpha_pattern": {"layers.7.*": 2}}, "pattern_unused"),
         ({"target_modules": ["q_proj", "v_proj", "query_key_value"]}, "target_unused"),
-        ({"target_modules": "(["}, "pattern_unsafe"),
+        ({"target_modules": "(["}, "pattern_invalid"),
     ],
 )
 def test_warnings_do_not_stop_a_merge(
@@ -259,7 +259,7 @@ def test_a_configuration_that_makes_no_sense_is_corrupt(
     configure(adapter, **fields)
     with pytest.raises(CorruptFile) as caught:
         bench.registry.register(str(adapter), Registration(base=str(base)))
-    assert caught.value.path == "adapter_config.json"
+    assert caught.value.path.endswith("adapter_config.json")
 
 
 def test_a_saved_module_that_is_not_in_the_file_is_refused(bench: Bench, adapter: Path, base: Path) -> None:

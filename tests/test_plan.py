@@ -138,6 +138,19 @@ def test_where_the_small_files_come_from(bench: Bench, adapter: Path, base: Path
     assert templates == {"chat_template.jinja": "adapter"}
 
 
+def test_a_template_inside_the_bases_tokenizer_is_not_lost_to_the_adapters(
+    bench: Bench, adapter: Path, base: Path
+) -> None:
+    (base / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert "chat_template.jinja" not in origins(bench.plan(adapter, base).plan)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (adapter / name).write_text("{}")
+    made = {sidecar.path: sidecar.data for sidecar in bench.plan(adapter, base).plan.sidecars if sidecar.data}
+    assert made["chat_template.jinja"] == b"{{ messages }}"
+    (adapter / "tokenizer_config.json").write_text(json.dumps({"chat_template": "own"}))
+    assert "chat_template.jinja" not in origins(bench.plan(adapter, base).plan)
+
+
 def test_a_litgpt_plan_needs_no_torch_and_keeps_litgpts_files(tmp_path: Path) -> None:
     program = (
         "import sys, tiny, pathlib; from registry.registering import Registration; home, run, base = sys.argv[1:];"

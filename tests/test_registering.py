@@ -209,6 +209,7 @@ def test_a_truncated_checkpoint_does_not_cost_the_others(ckpt: Registry, run: Pa
     intake = ckpt.register(str(run))
     assert [each.checkpoint.step for each in intake.registered] == [9, 100, None]
     assert [type(error) for error in intake.unreadable] == [CorruptFile]
+    assert intake.unreadable[0].path == str(run / "checkpoint-50" / "adapter_model.safetensors")
 
 
 def test_the_only_checkpoint_being_truncated_is_an_error(ckpt: Registry, adapter: Path) -> None:

@@ -39,11 +39,12 @@ def find_checkpoints(location: Location) -> Search:
         reason = "no adapter_config.json and no lit_model.pth.lora, .adapter or .adapter_v2, here or one level below"
         raise NotACheckpoint(location.url, "an empty folder" if not files else reason)
     found, unreadable = [], []
-    for place in places:
+    for url, read in places.items():
         try:
-            found.append(place())
+            found.append(read())
         except UnreadableFile as error:
-            unreadable.append(error)
+            is_whole = error.path.startswith(url)
+            unreadable.append(error if is_whole else type(error)(f"{url}/{error.path}", error.reason))
     if not found:
         raise unreadable[0]
     return Search(found=tuple(found), unreadable=tuple(unreadable))

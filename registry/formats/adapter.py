@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -144,9 +144,16 @@ def finite_number(value: object, path: str, key: str) -> float:
     Raises:
         CorruptFile: it is not one.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise CorruptFile(path, f"{key} is {value!r}, expected a number")
+    if not is_number(value) or not math.isfinite(value):
+        raise CorruptFile(path, f"{key} is {str(value)[:40]}, expected a number")
     return float(value)
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value from a configuration is a number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return isinstance(value, float) or abs(value) < 10**300
 
 
 def positive_rank(value: object, path: str, key: str) -> int:

@@ -85,24 +85,24 @@ def _own_files(files: Mapping[str, int], weights: str) -> tuple[str, ...]:
     return tuple(path for path in files if "/" not in path and (path != _FULL_WEIGHTS or weights == _FULL_WEIGHTS))
 
 
-def places_in_litgpt(location: Location, files: Mapping[str, int]) -> list[Callable[[], Found]]:
-    """Readers of every `step-*` and then `final` of an output folder, or of the single one that the folder is.
+def places_in_litgpt(location: Location, files: Mapping[str, int]) -> dict[str, Callable[[], Found]]:
+    """Readers of every `step-*` and then `final` of an output folder, or of the single one that the folder is, by their URLs.
 
     Empty when there is no litgpt adapter here or one level below.
     """
     if is_litgpt(files):
         parent = location.url.rstrip("/").rpartition("/")[0]
-        return [partial(_found, location.url, _parent_of(location), run_url=parent)]
+        return {location.url: partial(_found, location.url, _parent_of(location), run_url=parent)}
     folders = {path.split("/")[0] for path in files if path.count("/") == 1}
     steps = sorted((int(match[1]), name) for name in folders if (match := _STEP_FOLDER.fullmatch(name)))
     names = [name for _, name in steps] + (["final"] if "final" in folders else [])
-    return [
-        partial(_found, f"{location.url}/{name}", location, run_url=location.url)
+    return {
+        f"{location.url}/{name}": partial(_found, f"{location.url}/{name}", location, run_url=location.url)
         for name in names
         if is_litgpt(
             {path.removeprefix(f"{name}/"): size for path, size in files.items() if path.startswith(f"{name}/")}
         )
-    ]
+    }
 
 
 def _parent_of(location: Location) -> Location | None:

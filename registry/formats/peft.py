@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from registry.errors import NotACheckpoint
-from registry.formats.adapter import Adapter, Found, finite_number, positive_rank, read_json, read_tensors
+from registry.formats.adapter import Adapter, Found, finite_number, is_number, positive_rank, read_json, read_tensors
 from registry.locations import Location, open_location
 from registry.manifest import Format, Metric
 
@@ -88,15 +88,16 @@ def _is_foreign(folder: str) -> bool:
     return folder in _NOT_PART_OF_IT or folder.startswith("checkpoint-")
 
 
-def places_in_peft(location: Location, files: Mapping[str, int]) -> list[Callable[[], Found]]:
-    """Readers of every checkpoint of a training run's folder in the order of steps, the folder's own last; of just that if there is no other.
+def places_in_peft(location: Location, files: Mapping[str, int]) -> dict[str, Callable[[], Found]]:
+    """Readers of every checkpoint of a training run's folder in the order of steps, the folder's own last, by their URLs.
 
     Empty when there is no PEFT adapter here or one level below.
     """
     folders = {path.split("/")[0] for path in files if re.fullmatch(rf"[^/]+/{CONFIG_FILE}", path)}
     numbered = sorted((int(match[1]), name) for name in folders if (match := _STEP_FOLDER.fullmatch(name)))
-    places = [partial(_found, f"{location.url}/{name}", run_of=location) for _, name in numbered]
-    return [*places, partial(_found, location.url, run_of=None)] if is_peft(files) else list(places)
+    urls = [f"{location.url}/{name}" for _, name in numbered]
+    own = {location.url: partial(_found, location.url, run_of=None)} if is_peft(files) else {}
+    return {**{url: partial(_found, url, run_of=location) for url in urls}, **own}
 
 
 def _found(url: str, run_of: Location | None) -> Found:
@@ -155,6 +156,6 @@ def _trainer_state(location: Location) -> tuple[int | None, tuple[Metric, ...]]:
 
 
 def _is_metric(name: str, value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or name in _NOT_METRICS:
+    if name in _NOT_METRICS or not is_number(value):
         return False
     return not name.endswith(("_runtime", "_per_second"))

@@ -204,7 +204,7 @@ def config_findings(adapter: Adapter, options: LoraOptions, modules: Sequence[st
         yield from _table_findings(table, modules)
     for field, rule in (("target_modules", options.targets), ("exclude_modules", options.excluded)):
         if rule.text and rule.pattern is None:
-            yield warning("pattern_unsafe", CONFIG_FILE, found=f"{field}: {rule.text[:100]!r}",
+            yield warning("pattern_invalid", CONFIG_FILE, found=f"{field}: {rule.text[:100]!r}",
                           advice="not evaluated: whether every targeted module is there was not checked")  # fmt: skip
 
 
@@ -242,7 +242,7 @@ def _table_findings(table: PatternTable, modules: Sequence[str]) -> Iterator[Fin
     for key in table.values:
         found = f"{table.field}: {key!r}"[:120]
         if key in table.not_run:
-            yield unsupported("pattern_unsafe", CONFIG_FILE, found=found, advice="write plain module names")
+            yield unsupported("pattern_invalid", CONFIG_FILE, found=found, advice="write plain module names")
         elif key not in used:
             yield warning("pattern_unused", CONFIG_FILE, expected="a module that it matches", found=found,
                           advice="training used the global value, and so does merging")  # fmt: skip

@@ -147,6 +147,7 @@ class Inputs:
     adapter_files: Sequence[str]
     adapter_bytes: int
     adapter_tokenizer_config: Mapping[str, Any] = field(default_factory=dict)
+    base_tokenizer_config: Mapping[str, Any] = field(default_factory=dict)
     heads: Mapping[str, tuple[bytes, SafetensorsHeader]] = field(default_factory=dict)
 
 
@@ -246,6 +247,11 @@ def _sidecars(inputs: Inputs, files: Sequence[OutputFile]) -> Iterator[Sidecar]:
     has_tokenizer = bool({"tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model"} & set(own))
     has_template = "chat_template" in inputs.adapter_tokenizer_config or any(map(_is_template, own))
     made = _config_files(inputs)
+    inline = inputs.base_tokenizer_config.get("chat_template")
+    is_lost = has_tokenizer and not has_template and not any(_is_template(file.path) for file in inputs.base.files)
+    if is_lost and isinstance(inline, str):
+        # The base has its template inside a file that the adapter's tokenizer replaces.
+        made[_CHAT_TEMPLATES[0]] = inline.encode()
     for path in own:
         yield Sidecar(path=path, from_adapter=True)
     for path in (file.path for file in inputs.base.files):
