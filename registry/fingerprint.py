@@ -17,6 +17,7 @@ from typing import Any, final
 
 from blake3 import blake3
 
+from registry.errors import InvalidInput
 from registry.locations import Location
 from registry.manifest import BaseFormat, digest_of
 from registry.refs import Digest
@@ -129,7 +130,7 @@ class DigestCache:
         try:
             entries = json.loads(self._path(url, file, identity).read_text(encoding="utf-8"))
             return {name: Digest(text) for name, text in entries.items()}
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, TypeError, AttributeError, InvalidInput):
             return None
 
     def put(self, url: str, file: str, identity: str, digests: Mapping[str, Digest]) -> None:

@@ -1,6 +1,6 @@
-"""Execute a plan: several threads compute blocks, one writes them in order and hashes all that was read and written.
+"""Execute a plan: several threads read and compute pieces, one hashes them and writes them in order.
 
-The bytes do not depend on the number of threads. Memory is a few blocks, whatever the model's size, and the adapter's factors of one tensor.
+The bytes do not depend on the number of threads. Memory is a few pieces, whatever the model's size, and the factors of the tensors in work.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ import os
 import queue
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, cast, final
 
 import torch
@@ -23,15 +25,27 @@ from registry.errors import BaseChanged, NotFinite, NothingMerged
 from registry.fingerprint import tensor_hasher
 from registry.locations import Location
 from registry.manifest import FileEntry, TensorRecord
-from registry.merge.deltas import TORCH_DTYPES, BlockRecord, Factors, add_low_rank, record_block, sum_dtype
+from registry.merge.deltas import (
+    TORCH_DTYPES,
+    Block,
+    BlockRecord,
+    Factors,
+    Scratch,
+    factor_record,
+    merge_block,
+    sum_dtype,
+)
 from registry.merge.journal import Journal
 from registry.merge.plan import BLOCK_BYTES, Compute, Copy, OutputFile, Plan, Segment, Sidecar
 from registry.merge.sinks import Sink, SinkWriter
-from registry.tensors import StoredTensor
+from registry.refs import Digest
+from registry.tensors import DType, StoredTensor, TensorSpec
 from registry.torchzip import Descriptor, Directory, Literal
 
 Advance = Callable[[int], None]
 _SIGNIFICANT_DIGITS = 6
+# Pieces under way besides those in work: enough to keep all threads busy while one waits for its turn.
+_AHEAD = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,31 +94,41 @@ def execute(
         StorageFailed: the sink does not take the bytes.
     """
     sink.prepare(plan.size_bytes)
-    entries: list[FileEntry] = []
-    records: list[TensorRecord] = []
-    largest = 0.0
-    with _Blocks(sources, threads or os.cpu_count() or 1) as blocks:
-        for file in plan.files:
-            kept = journal.finished(file.path)
-            if kept is not None and sink.holds(kept[0]):
-                advance(file.size_bytes)
-                entry, of_file = kept
-            else:
-                writing = _FileWriting(file, plan, blocks, advance)
-                entry, of_file = writing.run(sink)
-                largest = max(largest, writing.largest_delta)
-                journal.add(entry, of_file)
-            entries.append(entry)
-            records.extend(of_file)
-    if not any(record.changed for record in records if record.action != "converted"):
-        sink.discard()
-        journal.finish()
-        raise NothingMerged(plan.base.name, largest)
+    with _Pieces(sources, threads or os.cpu_count() or 1) as pieces:
+        try:
+            entries, records = _write_weights(plan, pieces, sink, journal, advance)
+        except (NothingMerged, NotFinite):  # trying again would not help
+            sink.discard()
+            journal.finish()
+            raise
     entries.extend(_write_small(sink, sidecar.path, _sidecar_data(sidecar, sources)) for sidecar in plan.sidecars)
     path, data = provenance(entries, records)
     entries.append(_write_small(sink, path, data))
     sink.publish()
     return Outcome(files=tuple(entries), records=tuple(records))
+
+
+def _write_weights(
+    plan: Plan, pieces: _Pieces, sink: Sink, journal: Journal, advance: Advance
+) -> tuple[list[FileEntry], list[TensorRecord]]:
+    entries: list[FileEntry] = []
+    records: list[TensorRecord] = []
+    largest = 0.0
+    for file in plan.files:
+        kept = journal.finished(file.path)
+        if kept is not None and sink.holds(kept[0]):
+            advance(file.size_bytes)
+            entry, of_file = kept
+        else:
+            writing = _FileWriting(file, plan, pieces, advance)
+            entry, of_file = writing.run(sink)
+            largest = max(largest, writing.largest_delta)
+            journal.add(entry, of_file)
+        entries.append(entry)
+        records.extend(of_file)
+    if not any(record.changed for record in records if record.action != "converted"):
+        raise NothingMerged(plan.base.name, largest)
+    return entries, records
 
 
 def _sidecar_data(sidecar: Sidecar, sources: Sources) -> bytes:
@@ -129,50 +153,36 @@ def _cancelling(writer: SinkWriter) -> Iterator[SinkWriter]:
 
 
 @dataclass(slots=True)
-class _Block:
-    """A piece of the output in order. `base` are the base's bytes that went into it, `owner` the tensor they belong to."""
+class _Piece:
+    """A piece of the output. `base`: the bytes of the base's tensor that went into it, none where another shape replaces it."""
 
     data: memoryview
-    owner: StoredTensor | None = None
     base: memoryview | None = None
     record: BlockRecord | None = None
-    scratch: _Scratch | None = None
-
-
-@final
-class _Scratch:
-    """The buffers that one block needs. They are reused: fresh memory for each block costs more than the arithmetic."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-
-    def take(self, role: str, dtype: torch.dtype, elements: int) -> Tensor:
-        """A tensor `[elements]` on a reused buffer; its values are arbitrary."""
-        size_bytes = elements * dtype.itemsize
-        buffer = self._buffers.get(role)
-        if buffer is None or buffer.numel() < size_bytes:
-            buffer = self._buffers[role] = torch.empty(max(size_bytes, BLOCK_BYTES), dtype=torch.uint8)
-        return buffer[:size_bytes].view(dtype)
+    scratch: Scratch | None = None
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(cast("Any", tensor.view(torch.uint8).numpy()))
+    return memoryview(cast("Any", tensor.view(-1).view(torch.uint8).numpy()))
+
+
+_Task = Callable[[Scratch], _Piece]
 
 
 @final
-class _Blocks:
-    """Computes blocks on a pool of threads and gives them back in order, a few ahead of who takes them."""
+class _Pieces:
+    """Computes pieces on a pool of threads and gives them back in order, a few ahead of who takes them."""
 
     def __init__(self, sources: Sources, threads: int) -> None:
         self._sources = sources
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="merge")
-        self._window = threads + 2
-        self._free: queue.SimpleQueue[_Scratch] = queue.SimpleQueue()
+        self._window = threads + _AHEAD
+        self._free: queue.SimpleQueue[Scratch] = queue.SimpleQueue()
         for _ in range(self._window + 1):
-            self._free.put(_Scratch())
+            self._free.put(Scratch())
 
-    def __enter__(self) -> _Blocks:
-        # One thread a block: blocks are the parallelism, and torch's own pool would fight for the same cores.
+    def __enter__(self) -> _Pieces:
+        # One thread a piece: pieces are the parallelism, and torch's own pool would fight for the same cores.
         self._torch_threads = torch.get_num_threads()
         torch.set_num_threads(1)
         return self
@@ -181,49 +191,58 @@ class _Blocks:
         self._pool.shutdown(cancel_futures=True)
         torch.set_num_threads(self._torch_threads)
 
-    def of(self, segment: Segment) -> Iterator[_Block]:
-        """The blocks of a segment in order. Each is valid until the next one is taken."""
-        with closing(self._in_order(self._tasks(segment))) as blocks:
-            for block in blocks:
-                yield block
-                if block.scratch is not None:
-                    self._free.put(block.scratch)
-
-    def _in_order(self, tasks: Iterator[Callable[[_Scratch], _Block]]) -> Generator[_Block]:
-        waiting: deque[Future[_Block]] = deque()
+    def of(self, segments: Iterable[Segment]) -> Generator[tuple[int, _Piece]]:
+        """The pieces of segments in order, each with its segment's index. A segment has one at least; each is valid until the next one."""
+        waiting: deque[tuple[int, Future[_Piece]]] = deque()
         try:
-            for task in tasks:
-                waiting.append(self._pool.submit(self._run, task))
-                if len(waiting) >= self._window:
-                    yield waiting.popleft().result()
+            for index, segment in enumerate(segments):
+                for task in self._tasks(segment):
+                    waiting.append((index, self._pool.submit(self._run, task)))
+                    if len(waiting) >= self._window:
+                        yield from self._oldest(waiting)
             while waiting:
-                yield waiting.popleft().result()
+                yield from self._oldest(waiting)
         finally:
-            for future in waiting:
+            for _, future in waiting:
                 future.cancel()
 
-    def _run(self, task: Callable[[_Scratch], _Block]) -> _Block:
+    def _oldest(self, waiting: deque[tuple[int, Future[_Piece]]]) -> Iterator[tuple[int, _Piece]]:
+        index, future = waiting.popleft()
+        piece = future.result()
+        yield index, piece
+        self._free.put(cast("Scratch", piece.scratch))
+
+    def _run(self, task: _Task) -> _Piece:
         scratch = self._free.get()
-        block = task(scratch)
-        block.scratch = scratch
-        return block
+        piece = task(scratch)
+        piece.scratch = scratch
+        return piece
 
-    def _tasks(self, segment: Segment) -> Iterator[Callable[[_Scratch], _Block]]:
-        if isinstance(segment, Copy):
+    def _tasks(self, segment: Segment) -> Iterator[_Task]:
+        if isinstance(segment, Copy) and segment.size_bytes:
             yield from self._copy_tasks(segment.tensor)
-        elif isinstance(segment, Compute):
-            factors = [self._load(delta, sum_dtype(segment.change.target.dtype)) for delta in segment.change.deltas]
-            for first, last in segment.blocks():
-                yield _ComputeTask(self._sources, segment, factors, first, last)
+        elif isinstance(segment, Compute) and segment.size_bytes:
+            yield from self._compute_tasks(segment)
+        else:
+            yield lambda scratch: _Piece(memoryview(b""))
 
-    def _copy_tasks(self, tensor: StoredTensor) -> Iterator[Callable[[_Scratch], _Block]]:
+    def _compute_tasks(self, segment: Compute) -> Iterator[_Task]:
+        factors = self._factors(segment.change)
+        for first, last in segment.blocks():
+            yield _ComputeTask(self._sources, segment, factors, first, last)
+
+    def _factors(self, change: Change) -> list[Factors]:
+        dtype = sum_dtype(TORCH_DTYPES[change.target.dtype])
+        return [self._load(delta, dtype) for delta in change.deltas]
+
+    def _copy_tasks(self, tensor: StoredTensor) -> Iterator[_Task]:
         for start in range(0, tensor.spec.size_bytes, BLOCK_BYTES):
             size = min(BLOCK_BYTES, tensor.spec.size_bytes - start)
 
-            def copy(scratch: _Scratch, start: int = start, size: int = size) -> _Block:
-                data = _bytes_of(scratch.take("base", torch.uint8, size))
+            def copy(scratch: Scratch, start: int = start, size: int = size) -> _Piece:
+                data = _bytes_of(scratch.take("base", torch.uint8, 1, size))
                 self._sources.base.read_into(tensor.file, tensor.offset_bytes + start, data)
-                return _Block(data, owner=tensor, base=data)
+                return _Piece(data, base=data)
 
             yield copy
 
@@ -259,81 +278,52 @@ class _ComputeTask:
     first: int
     last: int
 
-    def __call__(self, scratch: _Scratch) -> _Block:
-        change, columns = self.segment.change, self.segment.row_elements
-        start, elements = self.first * columns, (self.last - self.first) * columns
-        dtype = sum_dtype(change.target.dtype)
-        base = self._base_values(change, scratch, start, elements)
-        wide = scratch.take("wide", dtype, elements)
-        wide.copy_(self._origin_values(change, scratch, base, start, elements))
-        delta = None
-        if self.factors:
-            delta, product = (scratch.take(role, dtype, elements).view(-1, columns) for role in ("delta", "product"))
-            add_low_rank(wide.view(-1, columns), self.factors, self.first, total=delta, product=product)
-            delta = delta.view(-1) if change.replacement is None else None
-        result = scratch.take("result", TORCH_DTYPES[change.target.dtype], elements).copy_(wide)
-        record = record_block(base, wide, result, delta)
-        raw = _bytes_of(base) if base is not None else None
-        return _Block(_bytes_of(result), owner=change.source if base is not None else None, base=raw, record=record)
+    def __call__(self, scratch: Scratch) -> _Piece:
+        change = self.segment.change
+        source = change.source if change.source and change.source.spec.shape == change.target.shape else None
+        base = self._read(self.sources.base, source, "base", scratch)
+        replacement = self._read(self.sources.adapter, change.replacement, "replacement", scratch)
+        result = self._take("result", change.target.dtype, scratch)
+        block = Block(first=self.first, base=base, replacement=replacement, result=result)
+        record = merge_block(block, self.factors, scratch)
+        if self.first == 0 and replacement is None:
+            record += factor_record(self.factors)
+        return _Piece(_bytes_of(result), None if base is None else _bytes_of(base), record)
 
-    def _base_values(self, change: Change, scratch: _Scratch, start: int, elements: int) -> Tensor | None:
-        """The base's values of these rows; None when it has none of this shape."""
-        if change.source is None or change.source.spec.shape != change.target.shape:
+    def _take(self, role: str, dtype: DType, scratch: Scratch) -> Tensor:
+        rows, columns = self.last - self.first, self.segment.row_elements
+        return scratch.take(role, TORCH_DTYPES[dtype], rows, columns)
+
+    def _read(self, location: Location, tensor: StoredTensor | None, role: str, scratch: Scratch) -> Tensor | None:
+        if tensor is None:
             return None
-        values = scratch.take("base", TORCH_DTYPES[change.source.spec.dtype], elements)
-        _read_elements(self.sources.base, change.source, start, values)
+        values = self._take(role, tensor.spec.dtype, scratch)
+        _read_elements(location, tensor, self.first * self.segment.row_elements, values)
         return values
-
-    def _origin_values(
-        self, change: Change, scratch: _Scratch, base: Tensor | None, start: int, elements: int
-    ) -> Tensor:
-        if change.replacement is None and base is not None:
-            return base
-        values = scratch.take("origin", TORCH_DTYPES[change.origin.spec.dtype], elements)
-        _read_elements(self.sources.adapter if change.replacement else self.sources.base, change.origin, start, values)
-        return values
-
-
-@dataclass(slots=True)
-class _Sum:
-    """The records of a tensor's blocks, added up in order."""
-
-    elements: int = 0
-    base_square: float = 0.0
-    delta_square: float = 0.0
-    changed: int = 0
-    nonzero: int = 0
-    lost: int = 0
-    largest_delta: float = 0.0
-
-    def add(self, record: BlockRecord) -> None:
-        self.elements += record.elements
-        self.base_square += record.base_square
-        self.delta_square += record.delta_square
-        self.changed += record.changed
-        self.nonzero += record.nonzero
-        self.lost += record.lost
-        self.largest_delta = max(self.largest_delta, record.largest_delta)
 
 
 @final
 @dataclass(slots=True)
 class _FileWriting:
-    """One weights file on its way: writes blocks in order, hashes what was read, and keeps the checksums that a zip wants behind its data."""
+    """One weights file on its way: writes pieces in order, hashes what was read, and keeps the checksums that a zip wants behind its data."""
 
     file: OutputFile
     plan: Plan
-    blocks: _Blocks
+    pieces: _Pieces
     advance: Advance
     checksums: dict[str, int] = field(default_factory=dict)
     records: list[TensorRecord] = field(default_factory=list)
     largest_delta: float = 0.0
 
     def run(self, sink: Sink) -> tuple[FileEntry, tuple[TensorRecord, ...]]:
-        with _cancelling(sink.create(self.file.path, self.file.size_bytes)) as writer:
-            for segment in self.file.segments:
+        with (
+            _cancelling(sink.create(self.file.path, self.file.size_bytes)) as writer,
+            closing(self.pieces.of(self.file.segments)) as stream,
+        ):
+            for index, pieces in groupby(stream, key=itemgetter(0)):
+                segment = self.file.segments[index]
                 if isinstance(segment, (Copy, Compute)):
-                    self._tensor(segment, writer)
+                    self._tensor(segment, (piece for _, piece in pieces), writer)
                 else:
                     data = self._frame(segment)
                     writer.write(data)
@@ -349,49 +339,50 @@ class _FileWriting:
             return layout.descriptor(segment.name, self.checksums[segment.name])
         return layout.directory(self.checksums)
 
-    def _tensor(self, segment: Copy | Compute, writer: SinkWriter) -> None:
-        checksum, total, hasher, owner = 0, _Sum(), None, None
-        for block in self.blocks.of(segment):
-            if block.owner is not None and block.base is not None:
-                owner = block.owner
-                hasher = hasher or tensor_hasher(owner.spec)
-                hasher.update(block.base)
-            writer.write(block.data)
+    def _tensor(self, segment: Copy | Compute, pieces: Iterator[_Piece], writer: SinkWriter) -> None:
+        source = segment.tensor if isinstance(segment, Copy) else segment.change.source
+        hasher = None if source is None else tensor_hasher(source.spec)
+        checksum, total, was_read = 0, BlockRecord(), False
+        for piece in pieces:
+            if piece.base is not None and hasher is not None:
+                hasher.update(piece.base)
+                was_read = True
+            writer.write(piece.data)
             if self.file.layout is not None:
-                checksum = zlib.crc32(block.data, checksum)
-            if block.record is not None:
-                self._check_finite(segment, block.record)
-                total.add(block.record)
-            self.advance(len(block.data))
-        name = segment.tensor.spec.name if isinstance(segment, Copy) else segment.change.target.name
-        self.checksums[name] = checksum
-        self._check_base(owner, hasher)
+                checksum = zlib.crc32(piece.data, checksum)
+            total += piece.record or BlockRecord()
+            self.advance(len(piece.data))
+        if was_read and source is not None and hasher is not None:
+            self._check_base(source, Digest(hasher.hexdigest()))
         if isinstance(segment, Compute):
-            self.largest_delta = max(self.largest_delta, total.largest_delta)
-            self.records.append(self._record(segment.change, total))
+            self._record(segment.change, total)
+        self.checksums[_target(segment).name] = checksum
 
-    def _check_finite(self, segment: Copy | Compute, record: BlockRecord) -> None:
-        if isinstance(segment, Compute) and not record.finite and segment.change.deltas:
-            raise NotFinite(segment.change.target.name, segment.change.target.dtype.long_name)
+    def _check_base(self, source: StoredTensor, found: Digest) -> None:
+        expected = self.plan.base.fingerprint.tensors[source.spec.name]
+        if found != expected:
+            raise BaseChanged(source.spec.name, str(expected), str(found))
 
-    def _check_base(self, owner: StoredTensor | None, hasher: Any) -> None:
-        if owner is None:
-            return
-        expected, found = self.plan.base.fingerprint.tensors[owner.spec.name], hasher.hexdigest()
-        if found != expected.hex:
-            raise BaseChanged(owner.spec.name, str(expected), f"blake3:{found}")
-
-    def _record(self, change: Change, total: _Sum) -> TensorRecord:
-        has_base = any(tensor.spec.name == change.target.name for tensor in self.plan.base.tensors)
+    def _record(self, change: Change, total: BlockRecord) -> None:
+        if not total.finite:
+            raise NotFinite(change.target.name, change.target.dtype.long_name)
+        has_base = change.target.name in self.plan.base.fingerprint.tensors
         kept = "replaced" if change.replacement else "merged" if change.deltas else "converted"
-        return TensorRecord(
-            name=change.target.name,
-            action=kept if has_base else "added",  # type: ignore[arg-type]
-            base_norm=_rounded(total.base_square**0.5),
-            delta_norm=_rounded(total.delta_square**0.5),
-            changed=_rounded(total.changed / total.elements if total.elements else 0.0),
-            lost=_rounded(total.lost / total.nonzero if total.nonzero else 0.0),
+        self.largest_delta = max(self.largest_delta, total.largest_delta)
+        self.records.append(
+            TensorRecord(
+                name=change.target.name,
+                action=kept if has_base else "added",  # type: ignore[arg-type]
+                base_norm=_rounded(total.base_square**0.5),
+                delta_norm=_rounded(total.delta_square**0.5),
+                changed=_rounded(total.changed / total.elements if total.elements else 0.0),
+                lost=_rounded((total.reached - total.changed) / total.reached if total.reached else 0.0),
+            )
         )
+
+
+def _target(segment: Copy | Compute) -> TensorSpec:
+    return segment.tensor.spec if isinstance(segment, Copy) else segment.change.target
 
 
 def _rounded(value: float) -> float:

@@ -89,10 +89,10 @@ class StoreSink:
             _check_room(folder, size_bytes)
 
     def holds(self, entry: FileEntry) -> bool:
-        try:
-            return self._store.size(entry.digest) == entry.size_bytes
-        except DamagedBlob:
-            return False
+        with suppress(DamagedBlob):
+            self._store.verify(entry.digest)
+            return True
+        return False
 
     def create(self, path: str, size_bytes: int) -> SinkWriter:
         del size_bytes
@@ -127,7 +127,9 @@ class FolderSink:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._partial = folder.with_name(f"{folder.name}.partial")
+        self._target = folder.resolve()
+        self._partial = self._target.with_name(f"{self._target.name}.partial")
+        self._files: set[Path] = set()
 
     @property
     def url(self) -> str:
@@ -135,28 +137,39 @@ class FolderSink:
 
     def prepare(self, size_bytes: int) -> None:
         with translating(self.url):
-            if self._folder.exists() and (not self._folder.is_dir() or any(self._folder.iterdir())):
+            if self._target.exists() and (not self._target.is_dir() or any(self._target.iterdir())):
                 raise Conflict(self.url, "something is there already")
-            have = sum(file.stat().st_size for file in self._partial.iterdir()) if self._partial.is_dir() else 0
-            _check_room(self._folder.parent, size_bytes - have)
+            if self._target.is_mount():
+                raise Conflict(self.url, "a mounted file system cannot be replaced: name a folder inside it")
+            have = sum(file.stat().st_size for file in self._partial.rglob("*") if file.is_file())
+            _check_room(self._target.parent, size_bytes - have)
             self._partial.mkdir(parents=True, exist_ok=True)
 
     def holds(self, entry: FileEntry) -> bool:
         path = self._partial / entry.path
-        with suppress(FileNotFoundError):
-            if path.stat().st_size == entry.size_bytes:
-                return str(blake3().update_mmap(path).hexdigest()) == entry.digest.hex
+        with translating(self.url), suppress(FileNotFoundError), path.open("rb", buffering=0) as file:
+            if os.fstat(file.fileno()).st_size == entry.size_bytes and _digest(file) == entry.digest:
+                self._files.add(path)
+                return True
         return False
 
     def create(self, path: str, size_bytes: int) -> SinkWriter:
+        self._files.add(self._partial / path)
         return _FolderWriter(self._partial / path, path, size_bytes)
 
     def publish(self) -> None:
         with translating(self.url):
+            self._remove_strangers()
             for folder in [path for path in self._partial.rglob("*") if path.is_dir()] + [self._partial]:
                 sync_folder(folder)
-            self._partial.replace(self._folder)
-            sync_folder(self._folder.parent)
+            self._partial.replace(self._target)
+            sync_folder(self._target.parent)
+
+    def _remove_strangers(self) -> None:
+        """Files that an unfinished merge of another recipe left here must not be published with this one's."""
+        for path in self._partial.rglob("*"):
+            if not path.is_dir() and path not in self._files:
+                path.unlink()
 
     def discard(self) -> None:
         shutil.rmtree(self._partial, ignore_errors=True)
@@ -170,14 +183,17 @@ class _FolderWriter:
         with translating(self._url):
             target.parent.mkdir(parents=True, exist_ok=True)
             self._file: IO[bytes] | None = target.open("wb", buffering=0)
-            if size_bytes:
-                self._allocate(self._file.fileno(), size_bytes)
+        if size_bytes:
+            self._allocate(self._file.fileno(), size_bytes)
 
-    @staticmethod
-    def _allocate(descriptor: int, size_bytes: int) -> None:
+    def _allocate(self, descriptor: int, size_bytes: int) -> None:
         """Reserve the room now: a full disk shows before hours of work, not after."""
-        with suppress(NotImplementedError, AttributeError):
-            os.posix_fallocate(descriptor, 0, size_bytes)
+        try:
+            with translating(self._url), suppress(NotImplementedError, AttributeError):
+                os.posix_fallocate(descriptor, 0, size_bytes)
+        except StorageFailed:
+            self.cancel()
+            raise
 
     def write(self, data: bytes | memoryview) -> None:
         view = memoryview(data).cast("B")
@@ -211,6 +227,7 @@ class RemoteSink:
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
         self._system, self._root = open_filesystem(self._url)
+        self._files: set[str] = set()
 
     @property
     def url(self) -> str:
@@ -223,20 +240,27 @@ class RemoteSink:
                 raise Conflict(self._url, "a merged model is there already")
 
     def holds(self, entry: FileEntry) -> bool:
-        with suppress(FileNotFoundError):
-            return int(self._system.info(f"{self._root}/{entry.path}")["size"]) == entry.size_bytes
+        path = f"{self._root}/{entry.path}"
+        with translating(self._url), suppress(FileNotFoundError):
+            if int(self._system.info(path)["size"]) == entry.size_bytes:
+                with self._system.open(path, "rb", block_size=4 * BLOCK_BYTES) as file:
+                    if _digest(file) == entry.digest:
+                        self._files.add(path)
+                        return True
         return False
 
     def create(self, path: str, size_bytes: int) -> SinkWriter:
         del size_bytes
+        self._files.add(f"{self._root}/{path}")
         return _RemoteWriter(self._system, f"{self._root}/{path}", path)
 
     def publish(self) -> None:
         """`merge.json`, the last file, has done it."""
 
     def discard(self) -> None:
-        with suppress(FileNotFoundError), translating(self._url):
-            self._system.rm(self._root, recursive=True)
+        for path in self._files:  # and no others: the place may have been in use before
+            with translating(self._url), suppress(FileNotFoundError):
+                self._system.rm_file(path)
 
 
 @final
@@ -266,6 +290,13 @@ class _RemoteWriter:
             with suppress(OSError):
                 self._file.close()
                 self._system.rm_file(self._target)
+
+
+def _digest(file: IO[bytes]) -> Digest:
+    hasher, buffer = blake3(), memoryview(bytearray(BLOCK_BYTES))
+    while count := cast("Any", file).readinto(buffer):
+        hasher.update(buffer[:count])
+    return Digest(hasher.hexdigest())
 
 
 def _check_room(folder: Path, size_bytes: int) -> None:
