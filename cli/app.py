@@ -5,59 +5,75 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib import import_module
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
-from cli import annotate, choose, merge, output, register, ship
+from cli import output
 from cli.errors import EXIT_CODES, explain
 from cli.options import flag
 from registry.errors import RegistryError
 
-_REGISTER, _CHOOSE, _MERGE, _SHIP, _KEEP = "Register", "Choose", "Check and merge", "Ship", "Keep order"
 _EPILOG = (
     "A checkpoint is asked for as name (the newest), name@v3, name@alias, name@production, name@step:500, name@best:eval_loss, "
     "or by 6 and more digits of its digest. Data goes to stdout, talk to stderr. "
     "Environment: CKPT_HOME, CKPT_DATABASE_URL, CKPT_STORE, CKPT_USER."
 )
 
-app = typer.Typer(
-    name="ckpt",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    epilog=_EPILOG,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+# Name, where it is defined, and its panel in the help, in the order of the help.
+COMMANDS = (
+    ("register", "cli.register:register", "Register"),
+    ("base", "cli.register:base_app", "Register"),
+    ("list", "cli.choose:list_", "Choose"),
+    ("show", "cli.choose:show", "Choose"),
+    ("check", "cli.merge:check", "Check and merge"),
+    ("merge", "cli.merge:merge", "Check and merge"),
+    ("pull", "cli.merge:pull", "Check and merge"),
+    ("ship", "cli.ship:ship", "Ship"),
+    ("shipped", "cli.ship:shipped", "Ship"),
+    ("rollback", "cli.ship:rollback", "Ship"),
+    ("note", "cli.annotate:note", "Keep order"),
+    ("tag", "cli.annotate:tag", "Keep order"),
+    ("metric", "cli.annotate:metric_app", "Keep order"),
+    ("alias", "cli.annotate:alias_app", "Keep order"),
+    ("history", "cli.choose:history", "Keep order"),
+    ("rm", "cli.annotate:rm", "Keep order"),
+    ("gc", "cli.annotate:gc", "Keep order"),
 )
-app.command("register", rich_help_panel=_REGISTER)(register.register)
-app.add_typer(register.base_app, name="base", rich_help_panel=_REGISTER)
-app.command("list", rich_help_panel=_CHOOSE)(choose.list_)
-app.command("show", rich_help_panel=_CHOOSE)(choose.show)
-app.command("check", rich_help_panel=_MERGE)(merge.check)
-app.command("merge", rich_help_panel=_MERGE)(merge.merge)
-app.command("pull", rich_help_panel=_MERGE)(merge.pull)
-app.command("ship", rich_help_panel=_SHIP)(ship.ship)
-app.command("shipped", rich_help_panel=_SHIP)(ship.shipped)
-app.command("rollback", rich_help_panel=_SHIP)(ship.rollback)
-app.command("note", rich_help_panel=_KEEP)(annotate.note)
-app.command("tag", rich_help_panel=_KEEP)(annotate.tag)
-app.add_typer(annotate.metric_app, name="metric", rich_help_panel=_KEEP)
-app.add_typer(annotate.alias_app, name="alias", rich_help_panel=_KEEP)
-app.command("history", rich_help_panel=_KEEP)(choose.history)
-app.command("rm", rich_help_panel=_KEEP)(annotate.rm)
-app.command("gc", rich_help_panel=_KEEP)(annotate.gc)
+
+
+def make_app(wanted: str = "") -> typer.Typer:
+    """The command line: with one command when its name is given, so that the others need not be loaded; else with all of them."""
+    app = typer.Typer(
+        name="ckpt",
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        epilog=_EPILOG,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    )
+    app.callback()(_options)
+    for name, place, panel in [row for row in COMMANDS if row[0] == wanted] or COMMANDS:
+        module, _, attribute = place.partition(":")
+        command = getattr(import_module(module), attribute)
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name, rich_help_panel=panel)
+        else:
+            app.command(name, rich_help_panel=panel)(command)
+    return app
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version  # noqa: PLC0415 - takes longer to import than all of the help
+
         output.print_line(f"ckpt-registry {version('ckpt-registry')}")
         raise typer.Exit
 
 
-@app.callback()
 def _options(
     show_version: Annotated[
         bool, flag("--version", "Print the version.", callback=_print_version, is_eager=True)
@@ -73,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     with_traceback = "--traceback" in words[:2] or bool(os.environ.get("CKPT_TRACEBACK"))
     try:
-        app(_with_bare_best(words), prog_name="ckpt")
+        make_app(words[0] if words else "")(_with_bare_best(words), prog_name="ckpt")
     except RegistryError as error:
         if with_traceback:
             raise
@@ -104,7 +120,3 @@ def _with_bare_best(words: list[str]) -> list[str]:
         "--best=" if word == "--best" and after.startswith("-") else word
         for word, after in zip(words, followed, strict=True)
     ]
-
-
-if __name__ == "__main__":
-    main()

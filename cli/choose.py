@@ -10,7 +10,6 @@ from cli import output, parse, views
 from cli.options import Higher, Json, Lower, Subject
 from registry import connect
 from registry.errors import InvalidInput, UnknownMetric
-from registry.filters import parse_filter
 from registry.manifest import Checkpoint, Direction, to_json
 from registry.selection import Grouping, sort_checkpoints
 
@@ -41,7 +40,7 @@ def list_(
     json: Json = False,
 ) -> None:
     """Show checkpoints, or only the best of them. The best value of each metric has a star."""
-    keep, direction = parse_filter(where) if where else None, parse.direction(lower=lower, higher=higher)
+    keep, direction = parse.condition(where), parse.direction(lower=lower, higher=higher)
     if best is None and (per or top != 1 or direction):
         raise InvalidInput("--per, --top, --min, --max", "", "only with --best")
     with connect() as registry:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, time, timedelta
+from typing import TYPE_CHECKING
 
 from registry.errors import InvalidInput
 from registry.manifest import Direction, Metric
+
+if TYPE_CHECKING:
+    from registry.filters import Filter
 
 _DAY_FORMATS = ("%Y-%m-%d", "%d %B %Y", "%d %b %Y", "%B %d %Y", "%b %d %Y", "%d.%m.%Y")
 _DAY_WITHOUT_YEAR = ("%d %B", "%d %b", "%B %d", "%b %d")
@@ -43,6 +47,19 @@ def metrics(texts: Sequence[str], *, step: int | None = None, direction: Directi
         except ValueError:
             raise InvalidInput("metric", f"{name}={text}", "expected a number") from None
     return tuple(found)
+
+
+def condition(text: str) -> Filter | None:
+    """A filter expression; None for empty text.
+
+    Raises:
+        InvalidFilter: it does not parse.
+    """
+    if not text:
+        return None
+    from registry.filters import parse_filter  # noqa: PLC0415 - most listings have no filter
+
+    return parse_filter(text)
 
 
 def direction(*, lower: bool, higher: bool) -> Direction | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
+from cli.errors import explain
 from cli.output import ago, count, number, plain, print_facts, print_heading, print_table, say, size, when
 from registry.manifest import BaseModel, Checkpoint, Level, Merged, Report, Shipment, TensorRecord, to_json
 from registry.selection import direction_of
@@ -254,7 +255,7 @@ def print_details(details: Details) -> None:
     """Compatibility and lineage of a checkpoint."""
     print_heading("Compatibility")
     if details.report is None:
-        print_facts({"not known": details.problem})
+        print_facts({"not known": explain(details.problem).message if details.problem else ""})
     else:
         print_report(details.report, passed=False) if details.report.verdict is not Level.PASS else None
         print_facts(

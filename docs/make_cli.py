@@ -9,9 +9,10 @@ from pathlib import Path
 
 os.environ.update(TERMINAL_WIDTH="100", COLUMNS="100", NO_COLOR="1", TERM="dumb")
 
+import typer
 from typer.testing import CliRunner
 
-from cli.app import app
+from cli.app import COMMANDS, make_app
 from cli.errors import EXIT_CODES
 
 HEAD = """# Commands
@@ -58,22 +59,23 @@ comparison false.
 """
 
 
-def commands() -> Iterator[tuple[str, ...]]:
+def commands(app: typer.Typer) -> Iterator[tuple[str, ...]]:
     """Every command by its words, in the order of the help."""
     yield ()
-    for command in app.registered_commands:
-        yield (str(command.name),)
-    for group in app.registered_groups:
-        yield (str(group.name),)
-        for command in group.typer_instance.registered_commands if group.typer_instance else ():
-            yield str(group.name), str(command.name)
+    inside = {group.name: group.typer_instance for group in app.registered_groups}
+    for name, _, _ in COMMANDS:
+        yield (name,)
+        group = inside.get(name)
+        for command in group.registered_commands if group else ():
+            yield name, str(command.name)
 
 
 def page() -> str:
     """The whole text of `docs/cli.md`."""
     codes = "".join(f"| {code} | {meaning} |\n" for code, meaning in EXIT_CODES.items())
     parts = [HEAD, codes]
-    for words in commands():
+    app = make_app()
+    for words in commands(app):
         result = CliRunner().invoke(app, [*words, "--help"], prog_name="ckpt", env={"COLUMNS": "100"})
         text = "\n".join(line.rstrip() for line in result.output.strip("\n").splitlines())
         parts.append(f"\n## `{' '.join(('ckpt', *words))}`\n\n```text\n{text}\n```\n")

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from registry.changes import Resolution
-from registry.formats import Adapter
-from registry.manifest import BaseModel, Finding, Level, Report
+from registry.formats import Adapter, resolve
+from registry.manifest import BaseModel, Checkpoint, Finding, Level, Report
 from registry.refs import Digest
 
 _LISTED = 8
@@ -62,6 +62,18 @@ def check(
         *_quantised(base),
     ]
     return Report(checkpoint=label, base=base.name, findings=tuple(findings))
+
+
+def compare(checkpoint: Checkpoint, adapter: Adapter, base: BaseModel, facts: Facts) -> tuple[Resolution, Report]:
+    """Match a registered checkpoint with a base model and check it. `adapter` is what its files say."""
+    resolution = resolve(adapter, base)
+    trained = Trained(
+        base=checkpoint.base,
+        base_name=checkpoint.base_name,
+        architecture=checkpoint.architecture,
+        arch_version=checkpoint.arch_version,
+    )
+    return resolution, check(checkpoint.ref, adapter, base, resolution, trained=trained, facts=facts)
 
 
 def _passed(code: str, where: str, found: str) -> Finding:

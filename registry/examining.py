@@ -9,9 +9,9 @@ from typing import Any
 
 from registry.base_models import current_base, open_base
 from registry.changes import Resolution
-from registry.compatibility import Facts, Trained, check
+from registry.compatibility import Facts, compare
 from registry.errors import CorruptFile, UnreadableFile
-from registry.formats import Adapter, read_adapter, resolve
+from registry.formats import Adapter, read_adapter
 from registry.formats.adapter import read_json
 from registry.locations import Location
 from registry.manifest import BaseModel, Checkpoint, Report
@@ -51,23 +51,7 @@ def examine(workspace: Workspace, checkpoint: Checkpoint, base: BaseModel, progr
             changed_files=changed,
             merged_before=str(checkpoint.digest) in _merged_into(open_base(workspace, base)),
         )
-    return _compare(checkpoint, base, adapter, facts)
-
-
-def glance(workspace: Workspace, checkpoint: Checkpoint, base: BaseModel) -> Report:
-    """The part of an examination that headers alone can tell, in no time; values are not read, nor the base's folder."""
-    return _compare(checkpoint, base, read_adapter(workspace.folder_of(checkpoint)), Facts()).report
-
-
-def _compare(checkpoint: Checkpoint, base: BaseModel, adapter: Adapter, facts: Facts) -> Examined:
-    resolution = resolve(adapter, base)
-    trained = Trained(
-        base=checkpoint.base,
-        base_name=checkpoint.base_name,
-        architecture=checkpoint.architecture,
-        arch_version=checkpoint.arch_version,
-    )
-    report = check(checkpoint.ref, adapter, base, resolution, trained=trained, facts=facts)
+    resolution, report = compare(checkpoint, adapter, base, facts)
     return Examined(checkpoint=checkpoint, base=base, adapter=adapter, resolution=resolution, report=report)
 
 

@@ -1,4 +1,7 @@
-"""The registry's use cases: one method a verb, the same verbs as the command line's."""
+"""The registry's use cases: one method a verb, the same verbs as the command line's.
+
+What carries a use case out is imported when it is asked for: listing must not wait until reading, checking and merging are loaded.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import final
+from typing import TYPE_CHECKING, final
 
-from registry import base_models, examining, merging
-from registry.base_models import AddedBase, Verification
 from registry.errors import (
     Ambiguous,
     InvalidInput,
@@ -18,8 +19,6 @@ from registry.errors import (
     UnknownCheckpoint,
     UnknownEnvironment,
 )
-from registry.examining import Examined
-from registry.filters import Filter
 from registry.manifest import (
     BaseModel,
     Checkpoint,
@@ -31,16 +30,20 @@ from registry.manifest import (
     Report,
     Shipment,
 )
-from registry.merge.plan import Plan
-from registry.merging import MergeResult
-from registry.pulling import pull
 from registry.refs import AdapterName, CheckpointRef, check_label, check_name
-from registry.registering import Intake, Registration, register
 from registry.selection import Grouping, Ranking, best
 from registry.settings import Settings
-from registry.sweeping import Swept, sweep
 from registry.tensors import DType
 from registry.workspace import Progress, Workspace, silent
+
+if TYPE_CHECKING:
+    from registry.base_models import AddedBase, Verification
+    from registry.examining import Examined
+    from registry.filters import Filter
+    from registry.merge.plan import Plan
+    from registry.merging import MergeResult
+    from registry.registering import Intake, Registration
+    from registry.sweeping import Swept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +53,7 @@ class Details:
     checkpoint: Checkpoint
     base: BaseModel
     report: Report | None
-    problem: str
+    problem: RegistryError | None
     merged: tuple[Merged, ...]
     shipments: tuple[Shipment, ...]
     previous: str
@@ -91,6 +94,8 @@ class Registry:
 
     def register(self, path: str, said: Registration | None = None, *, progress: Progress = silent) -> Intake:
         """Register a checkpoint or a whole run; see `registry.registering.register`."""
+        from registry.registering import Registration, register
+
         return register(self._workspace, path, said or Registration(), progress=progress)
 
     # -- find
@@ -165,12 +170,8 @@ class Registry:
             base = catalog.bases.find(checkpoint.base.hex)
             merged = catalog.merged.of(checkpoint)
             shipments = [each for each in catalog.shipments.all() if each.checkpoint == checkpoint.ref]
-            run = [each for each in catalog.checkpoints.all(checkpoint.adapter) if each.run == checkpoint.run]
-        try:
-            report, problem = examining.glance(self._workspace, checkpoint, base), ""
-        except RegistryError as error:
-            report, problem = None, str(error)
-        at = next(index for index, each in enumerate(run) if each.version == checkpoint.version)
+            previous, following = catalog.checkpoints.neighbours(checkpoint)
+        report, problem = self._glance(checkpoint, base)
         return Details(
             checkpoint=checkpoint,
             base=base,
@@ -178,9 +179,20 @@ class Registry:
             problem=problem,
             merged=tuple(merged),
             shipments=tuple(shipments),
-            previous=run[at - 1].ref if at else "",
-            following=run[at + 1].ref if at + 1 < len(run) else "",
+            previous=previous,
+            following=following,
         )
+
+    def _glance(self, checkpoint: Checkpoint, base: BaseModel) -> tuple[Report | None, RegistryError | None]:
+        """The part of a check that headers alone can tell; values are not read, nor is the base's folder."""
+        from registry.compatibility import Facts, compare
+        from registry.formats import read_adapter
+
+        try:
+            adapter = read_adapter(self._workspace.folder_of(checkpoint))
+            return compare(checkpoint, adapter, base, Facts())[1], None
+        except RegistryError as error:
+            return None, error
 
     # -- annotate
 
@@ -254,6 +266,8 @@ class Registry:
 
     def sweep(self, *, older_than: timedelta, dry_run: bool = False) -> Swept:
         """Remove from the store what nothing refers to any more; see `registry.sweeping.sweep`."""
+        from registry.sweeping import sweep
+
         return sweep(self._workspace, older_than=older_than, dry_run=dry_run)
 
     # -- base models
@@ -262,6 +276,8 @@ class Registry:
         self, url: str, *, name: str = "", arch_version: str = "", copy: bool = False, progress: Progress = silent
     ) -> AddedBase:
         """Fingerprint and record a base model; see `registry.base_models.add_base`."""
+        from registry import base_models
+
         return base_models.add_base(
             self._workspace, url, name=name, arch_version=arch_version, copy=copy, progress=progress
         )
@@ -282,12 +298,16 @@ class Registry:
 
     def verify_base(self, base: BaseModel, progress: Progress = silent) -> Verification:
         """Read a base model whole and compare it with its fingerprint."""
+        from registry import base_models
+
         return base_models.verify_base(self._workspace, base, progress)
 
     # -- check and merge
 
     def check(self, checkpoint: Checkpoint, base: str = "", progress: Progress = silent) -> Examined:
         """Compare a checkpoint with the base model it was trained on, or with another one (name, digest, path or URL)."""
+        from registry import base_models, examining
+
         wanted = base or checkpoint.base.hex
         found = base_models.find_base(self._workspace, wanted, progress=progress)
         return examining.examine(self._workspace, checkpoint, found, progress)
@@ -298,6 +318,8 @@ class Registry:
         Raises:
             Refused: the check found a reason not to.
         """
+        from registry import merging
+
         examined = self.check(checkpoint, progress=progress)
         return Planned(examined=examined, plan=merging.plan_merge(self._workspace, examined, dtype))
 
@@ -305,6 +327,8 @@ class Registry:
         self, planned: Planned, *, out: str | None = None, note: str = "", progress: Progress = silent
     ) -> MergeResult:
         """Carry out a plan; see `registry.merging.merge`."""
+        from registry import merging
+
         return merging.merge(self._workspace, planned.examined, planned.plan, out=out, note=note, progress=progress)
 
     def merged(self) -> list[Merged]:
@@ -314,6 +338,8 @@ class Registry:
 
     def pull(self, subject: Checkpoint | Merged, target: Path, progress: Progress = silent) -> None:
         """Write a checkpoint's or merged model's exact files into a new folder; see `registry.pulling.pull`."""
+        from registry.pulling import pull
+
         pull(self._workspace, subject, target, progress)
 
     # -- ship

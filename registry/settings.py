@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import getpass
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +58,10 @@ class Settings:
 
 def _read_file(path: Path) -> dict[str, str]:
     try:
-        found: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        import tomllib  # noqa: PLC0415 - most homes have no such file
+
+        found: dict[str, Any] = tomllib.loads(text)
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, OSError) as error:

@@ -16,6 +16,7 @@ import tiny
 from registry.errors import (
     Ambiguous,
     Conflict,
+    DamagedBlob,
     InUse,
     InvalidInput,
     InvalidReference,
@@ -230,7 +231,7 @@ def test_details_tell_where_it_comes_from_and_what_came_of_it(ckpt: Registry, ma
     shipment = ckpt.ship(merged, "production")
     found = ckpt.details(two)
     assert (found.previous, found.following) == (one.ref, "")
-    assert (found.base.name, found.merged, found.shipments, found.problem) == ("base", (merged,), (shipment,), "")
+    assert (found.base.name, found.merged, found.shipments, found.problem) == ("base", (merged,), (shipment,), None)
     assert found.report is not None
     assert found.report.verdict is Level.PASS
     assert (ckpt.details(one).following, ckpt.details(other).previous) == (two.ref, "")
@@ -242,7 +243,7 @@ def test_details_of_a_damaged_checkpoint_say_what_is_wrong(ckpt: Registry, make:
         blob.unlink()
     found = ckpt.details(one)
     assert found.report is None
-    assert "missing" in found.problem
+    assert isinstance(found.problem, DamagedBlob)
 
 
 def test_details_need_no_base_at_its_place(ckpt: Registry, make: Maker, tmp_path: Path) -> None:

@@ -58,6 +58,21 @@ class Checkpoints:
             raise self._unknown(adapter)
         return found
 
+    def neighbours(self, checkpoint: Checkpoint) -> tuple[str, str]:
+        """References of the checkpoints before and after one in its run; empty text where it is the first or the last."""
+        versions = list(
+            self._session.scalars(
+                select(CheckpointRow.version)
+                .join(AdapterRow)
+                .where(is_adapter(checkpoint.adapter), CheckpointRow.run == checkpoint.run)
+                .order_by(CheckpointRow.version)
+            )
+        )
+        before = [version for version in versions if version < checkpoint.version][-1:]
+        after = [version for version in versions if version > checkpoint.version][:1]
+        previous, following = ("".join(f"{checkpoint.adapter}@v{each}" for each in found) for found in (before, after))
+        return previous, following
+
     def find(self, adapter: AdapterName, digest: Digest) -> Checkpoint | None:
         """The checkpoint of an adapter with exactly this content, or None."""
         return next(iter(load(self._session, is_adapter(adapter), CheckpointRow.digest == digest.hex)), None)

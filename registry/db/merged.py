@@ -128,7 +128,12 @@ class MergedModels:
         return self._load(MergedRow.id == merged_id)[0]
 
     def _load(self, *conditions: ColumnElement[bool]) -> list[Merged]:
-        wanted = select(MergedRow.id).where(*conditions)
+        rows = self._session.execute(
+            select(MergedRow, BaseRow.name).join(BaseRow).where(*conditions).order_by(MergedRow.id)
+        ).all()
+        if not rows:
+            return []
+        wanted = [row.id for row, _ in rows]
         inputs, locations = defaultdict[int, list[str]](list), defaultdict[int, list[str]](list)
         for merged_id, namespace, name, version in self._session.execute(
             select(MergedInputRow.merged_id, AdapterRow.namespace, AdapterRow.name, CheckpointRow.version)
@@ -142,9 +147,6 @@ class MergedModels:
             select(MergedLocationRow).where(MergedLocationRow.merged_id.in_(wanted)).order_by(MergedLocationRow.id)
         ):
             locations[place.merged_id].append(place.url)
-        rows = self._session.execute(
-            select(MergedRow, BaseRow.name).join(BaseRow).where(*conditions).order_by(MergedRow.id)
-        )
         return [_value(row, base_name, tuple(inputs[row.id]), tuple(locations[row.id])) for row, base_name in rows]
 
 

@@ -4,8 +4,6 @@ Every rule that a database can hold is a named constraint, so that the violation
 digits. Lengths are in characters; they are checked by constraints because SQLite ignores those of column types.
 """
 
-from __future__ import annotations
-
 import math
 from datetime import UTC, datetime
 from typing import Annotated, Any, final

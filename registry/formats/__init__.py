@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from registry.changes import Resolution
@@ -9,9 +10,7 @@ from registry.errors import NotACheckpoint, UnreadableFile
 from registry.formats.adapter import Adapter, Found
 from registry.formats.findings import unsupported
 from registry.formats.litgpt import is_litgpt, places_in_litgpt, read_litgpt
-from registry.formats.litgpt_resolve import resolve_litgpt
 from registry.formats.peft import is_peft, places_in_peft, read_peft
-from registry.formats.peft_resolve import resolve_peft
 from registry.locations import Location
 from registry.manifest import BaseModel, Format
 
@@ -66,10 +65,21 @@ def read_adapter(location: Location) -> Adapter:
 
 def resolve(adapter: Adapter, base: BaseModel) -> Resolution:
     """Match an adapter's tensors with a base model's, from headers alone."""
-    found = resolve_peft(adapter, base) if adapter.format is Format.PEFT else resolve_litgpt(adapter, base)
+    found = _resolver(adapter.format)(adapter, base)
     odd = [change.target for change in found.changes if not change.target.dtype.is_mergeable]
     refusals = [
         unsupported("base_dtype", spec.name, found=spec.dtype.long_name, advice="merge into a base with 16 or 32 bit weights")
         for spec in odd
     ]  # fmt: skip
     return replace(found, findings=(*found.findings, *refusals))
+
+
+def _resolver(format: Format) -> Callable[[Adapter, BaseModel], Resolution]:
+    """Each resolver brings its own modules along, and a command seldom needs both."""
+    if format is Format.PEFT:
+        from registry.formats.peft_resolve import resolve_peft  # noqa: PLC0415
+
+        return resolve_peft
+    from registry.formats.litgpt_resolve import resolve_litgpt  # noqa: PLC0415
+
+    return resolve_litgpt

@@ -8,13 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
-import yaml
-
 from registry.errors import CorruptFile
 from registry.locations import Location
 from registry.manifest import Format, Metric
 from registry.tensors import MAX_HEADER_BYTES, DType, StoredTensor, TensorSpec, read_safetensors_header
-from registry.torchzip import is_torch_zip, read_torch_zip
 
 MAX_CONFIG_BYTES = 16 << 20
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
@@ -81,7 +78,9 @@ def read_tensors(location: Location, path: str) -> tuple[StoredTensor, ...]:
     with location.open(path) as stream:
         head = stream.read(8)
         stream.seek(0)
-        if is_torch_zip(head):
+        if head.startswith(b"PK"):
+            from registry.torchzip import read_torch_zip  # noqa: PLC0415 - most adapters are safetensors
+
             return read_torch_zip(stream, path, size_bytes).tensors
         if head[:1] == b"\x80" and int.from_bytes(head, "little") > MAX_HEADER_BYTES:
             raise CorruptFile(path, "a bare pickle, which could run code when read: save it again as safetensors")
@@ -109,6 +108,8 @@ def read_yaml(location: Location, path: str) -> dict[str, Any]:
     Raises:
         CorruptFile: it is not one.
     """
+    import yaml  # noqa: PLC0415 - showing a PEFT checkpoint need not wait for it
+
     try:
         found = yaml.safe_load(read_text(location, path))
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -11,7 +11,6 @@ from registry.formats.adapter import read_json, read_yaml
 from registry.locations import Location
 from registry.manifest import BaseFile, BaseFormat, BaseModel
 from registry.tensors import StoredTensor, read_safetensors_header
-from registry.torchzip import read_torch_zip
 
 INDEX_FILE = "model.safetensors.index.json"
 LITGPT_WEIGHTS = "lit_model.pth"
@@ -78,6 +77,8 @@ def read_base(location: Location) -> BaseHead:
 
 
 def _read_litgpt(location: Location, files: Mapping[str, int]) -> BaseHead:
+    from registry.torchzip import read_torch_zip  # noqa: PLC0415 - showing a checkpoint need not wait for it
+
     with location.open(LITGPT_WEIGHTS) as stream:
         archive = read_torch_zip(stream, LITGPT_WEIGHTS, files[LITGPT_WEIGHTS])
     if any(".lora_" in tensor.spec.name for tensor in archive.tensors):

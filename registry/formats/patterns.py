@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any, final
 
-import regex
-
 from registry.errors import CorruptFile
 
 _MAX_PATTERN = 20_000
@@ -24,6 +22,8 @@ class Pattern:
     @classmethod
     def compile(cls, source: str) -> Pattern | None:
         """Compile a pattern; None when it is malformed or absurdly long."""
+        import regex  # noqa: PLC0415 - most configurations hold no pattern
+
         if len(source) > _MAX_PATTERN:
             return None
         try:

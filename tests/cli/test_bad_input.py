@@ -271,7 +271,7 @@ def test_traceback_on_request(ckpt: Ckpt) -> None:
 
 
 def test_output_that_is_cut_off_is_no_error(registered: Ckpt, tmp_path: Path) -> None:
-    command = f"{sys.executable} -m cli.app list --json | head -1"
+    command = f"{sys.executable} -m cli list --json | head -1"
     ran = subprocess.run(
         ["bash", "-c", command], cwd=tmp_path, env={**os.environ, "CKPT_HOME": str(tmp_path / "home")}, capture_output=True,
         text=True, check=True,
