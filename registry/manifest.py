@@ -284,7 +284,7 @@ class TensorRecord:
 
     `action` is `merged` (delta added), `replaced`, `added` (the base has no such tensor) or `converted` (dtype alone); copied tensors have
     no record. `base_norm`, `delta_norm`: Frobenius norms. `changed`: share of elements that differ from the base's. `lost`: share of the
-    elements with a non-zero delta that rounding left unchanged.
+    elements that a delta reaches, but that rounding left unchanged.
     """
 
     name: str

@@ -62,7 +62,6 @@ def plan_merge(workspace: Workspace, examined: Examined, dtype: DType | None = N
             base=base,
             resolution=examined.resolution,
             adapter_files=tuple(folder.files()),
-            adapter_bytes=sum(tensor.spec.size_bytes for tensor in examined.adapter.tensors),
             adapter_tokenizer_config=_tokenizer_config(folder),
             base_tokenizer_config=_tokenizer_config(place),
             heads=_heads(place, base),

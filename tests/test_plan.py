@@ -235,7 +235,6 @@ def inputs(draw: st.DrawFn, format_: BaseFormat) -> Inputs:
         base=base,
         resolution=Resolution(changes=tuple(draw(changes(base))), findings=()),
         adapter_files=(),
-        adapter_bytes=1,
         heads=heads,
     )
 

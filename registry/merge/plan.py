@@ -20,9 +20,9 @@ from registry.torchzip import Descriptor, Directory, Literal, Storage, ZipLayout
 
 BLOCK_BYTES = 4 << 20
 PROVENANCE_FILE = "merge.json"
-# Resident memory of an interpreter with torch loaded, before any tensor: measured with benchmarks/merge.py.
-_RUNTIME_BYTES = 260 << 20
-_BUFFERS_PER_THREAD = 6
+# Resident memory, measured with benchmarks/merge.py: of an interpreter with torch loaded, and of the blocks of each thread.
+_RUNTIME_BYTES = 290 << 20
+_THREAD_BYTES = 12 << 20
 
 _TOKENIZER_FILES = frozenset({
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -107,7 +107,6 @@ class Plan:
     base: BaseModel
     files: tuple[OutputFile, ...]
     sidecars: tuple[Sidecar, ...]
-    adapter_bytes: int
 
     def _total(self, kind: type[Copy] | type[Compute]) -> int:
         return sum(segment.size_bytes for file in self.files for segment in file.segments if isinstance(segment, kind))
@@ -128,8 +127,12 @@ class Plan:
         return sum(file.size_bytes for file in self.files)
 
     def peak_bytes(self, threads: int) -> int:
-        """About how much memory executing takes: the runtime, the adapter in float32, and each thread's blocks."""
-        return _RUNTIME_BYTES + 2 * self.adapter_bytes + threads * _BUFFERS_PER_THREAD * BLOCK_BYTES
+        """About how much memory executing takes: the runtime, each thread's blocks, and twice the factors of one tensor in float32."""
+        factors = (
+            sum(4 * rows.count * rows.tensor.spec.shape[1] for delta in change.deltas for rows in (delta.a, delta.b))
+            for change in self.computed
+        )
+        return _RUNTIME_BYTES + threads * _THREAD_BYTES + 2 * max(factors, default=0)
 
     @property
     def computed(self) -> tuple[Change, ...]:
@@ -145,7 +148,6 @@ class Inputs:
     base: BaseModel
     resolution: Resolution
     adapter_files: Sequence[str]
-    adapter_bytes: int
     adapter_tokenizer_config: Mapping[str, Any] = field(default_factory=dict)
     base_tokenizer_config: Mapping[str, Any] = field(default_factory=dict)
     heads: Mapping[str, tuple[bytes, SafetensorsHeader]] = field(default_factory=dict)
@@ -171,7 +173,6 @@ def make_plan(inputs: Inputs) -> Plan:
         base=inputs.base,
         files=_named_to_load(files),
         sidecars=tuple(_sidecars(inputs, _named_to_load(files))),
-        adapter_bytes=inputs.adapter_bytes,
     )
 
 
