@@ -12,10 +12,11 @@ import typer
 from rich.markup import escape
 
 from cli import output
-from cli.errors import EXIT_CODES, explain
+from cli.errors import EXIT_CODES, Explanation, explain
 from cli.options import flag
 from registry.errors import RegistryError
 
+_INTERRUPTED = 130
 _EPILOG = (
     "A checkpoint is asked for as name (the newest), name@v3, name@alias, name@production, name@step:500, name@best:eval_loss, "
     "or by 6 and more digits of its digest. Data goes to stdout, talk to stderr. "
@@ -87,30 +88,39 @@ def _options(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits with one of `cli.errors.EXIT_CODES`."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    with_traceback = "--traceback" in words[:2] or bool(os.environ.get("CKPT_TRACEBACK"))
     try:
         make_app(words[0] if words else "")(_with_bare_best(words), prog_name="ckpt")
-    except RegistryError as error:
-        if with_traceback:
-            raise
-        explanation = explain(error)
-        output.say(f"[bold red]error:[/bold red] {escape(explanation.message)}")
-        if explanation.hint:
-            output.say(f"[dim]{escape(explanation.hint)}[/dim]")
-        sys.exit(explanation.exit_code)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:  # Typer turns an interrupt of a command into this, without a word
+            _say_interrupted()
+        raise
     except KeyboardInterrupt:
-        output.say("interrupted; what is finished is kept, run it again to go on")
-        sys.exit(130)
+        _say_interrupted()
+        sys.exit(_INTERRUPTED)
     except BrokenPipeError:
         # Whoever read our output has seen enough; Python must not complain while it flushes the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
-        if with_traceback:
+        if "--traceback" in words[:2] or os.environ.get("CKPT_TRACEBACK"):
             raise
-        output.say(f"[bold red]error:[/bold red] {escape(f'{type(error).__name__}: {error}')}")
-        output.say(f"[dim]{EXIT_CODES[1]}[/dim]")
-        sys.exit(1)
+        sys.exit(_explain(error))
+
+
+def _explain(error: Exception) -> int:
+    """Tell the user what went wrong and what to do; gives the exit code."""
+    if isinstance(error, RegistryError):
+        explanation = explain(error)
+    else:
+        explanation = Explanation(f"{type(error).__name__}: {error}", EXIT_CODES[1], 1)
+    output.say(f"[bold red]error:[/bold red] {escape(explanation.message)}")
+    if explanation.hint:
+        output.say(f"[dim]{escape(explanation.hint)}[/dim]")
+    return explanation.exit_code
+
+
+def _say_interrupted() -> None:
+    output.say("interrupted; what is finished is kept, run it again to go on")
 
 
 def _with_bare_best(words: list[str]) -> list[str]:

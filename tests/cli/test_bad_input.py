@@ -6,10 +6,12 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -268,6 +270,20 @@ def test_traceback_on_request(ckpt: Ckpt) -> None:
     assert "Traceback" not in ckpt("show", "nobody").err
     with pytest.raises(registry.errors.UnknownAdapter):
         main(["--traceback", "show", "nobody"])
+
+
+def test_an_interrupted_merge_says_so_and_can_be_done_again(registered: Ckpt, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "cli", "merge", "support-bot", "--out", "merged"]
+    environment = {**os.environ, "CKPT_HOME": str(tmp_path / "home")}
+    child = subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while "libtorch" not in Path(f"/proc/{child.pid}/maps").read_text() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (130, "interrupted; what is finished is kept, run it again to go on\n")
+    assert not (tmp_path / "merged").exists()
+    assert registered("merge", "support-bot", "--out", "merged").code == 0
 
 
 def test_output_that_is_cut_off_is_no_error(registered: Ckpt, tmp_path: Path) -> None:
