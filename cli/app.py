@@ -12,9 +12,8 @@ import typer
 from rich.markup import escape
 
 from cli import output
-from cli.errors import EXIT_CODES, Explanation, explain
+from cli.errors import explain
 from cli.options import flag
-from registry.errors import RegistryError
 
 _INTERRUPTED = 130
 _EPILOG = (
@@ -109,10 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _explain(error: Exception) -> int:
     """Tell the user what went wrong and what to do; gives the exit code."""
-    if isinstance(error, RegistryError):
-        explanation = explain(error)
-    else:
-        explanation = Explanation(f"{type(error).__name__}: {error}", EXIT_CODES[1], 1)
+    explanation = explain(error)
     output.say(f"[bold red]error:[/bold red] {escape(explanation.message)}")
     if explanation.hint:
         output.say(f"[dim]{escape(explanation.hint)}[/dim]")

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from registry import errors
-from registry.errors import RegistryError
 
 EXIT_CODES: Mapping[int, str] = {
     0: "done",
@@ -179,7 +178,7 @@ def _storage(error: errors.StorageFailed) -> tuple[str, str]:
 
 
 # Looked up along the class tree, so a subclass without a line of its own reads like its parent.
-_TABLE: Mapping[type[RegistryError], tuple[int, _Explain]] = {
+_TABLE: Mapping[type, tuple[int, _Explain]] = {
     errors.InvalidInput: (2, _invalid),
     errors.InvalidReference: (2, _reference),
     errors.InvalidFilter: (2, _filter),
@@ -207,11 +206,11 @@ _TABLE: Mapping[type[RegistryError], tuple[int, _Explain]] = {
 }
 
 
-def explain(error: RegistryError) -> Explanation:
-    """Message, hint and exit code of an error."""
+def explain(error: Exception) -> Explanation:
+    """Message, hint and exit code of an error; of one that is not the registry's own, that it was not foreseen."""
     for kind in type(error).__mro__:
         if kind in _TABLE:
             exit_code, words = _TABLE[kind]
             message, hint = words(error)
             return Explanation(message, hint, exit_code)
-    return Explanation(str(error), "", 1)
+    return Explanation(f"{type(error).__name__}: {error}", EXIT_CODES[1], 1)
