@@ -10,10 +10,10 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from registry.disk import Translating, sync, sync_folder
 from registry.errors import Changed, Conflict
 from registry.locations import Location
 from registry.manifest import Checkpoint, FileEntry, Merged
-from registry.merge.sinks import sync_folder, translating
 from registry.merging import merged_folder
 from registry.workspace import Progress, Workspace, silent
 
@@ -36,7 +36,7 @@ def pull(workspace: Workspace, subject: Checkpoint | Merged, target: Path, progr
     else:
         folder, files = workspace.folder_of(subject), subject.manifest.files
     target = Path(os.path.abspath(target))
-    with translating(str(target)):
+    with Translating(str(target)):
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise Conflict(str(target), "something is there already")
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
@@ -44,7 +44,7 @@ def pull(workspace: Workspace, subject: Checkpoint | Merged, target: Path, progr
     try:
         for entry in files:
             _copy(folder, entry, partial / entry.path, lambda done: progress("pulling", done, total))
-        with translating(str(target)):
+        with Translating(str(target)):
             target.parent.mkdir(parents=True, exist_ok=True)
             partial.replace(target)
             sync_folder(target.parent)
@@ -55,14 +55,13 @@ def pull(workspace: Workspace, subject: Checkpoint | Merged, target: Path, progr
 
 def _copy(folder: Location, entry: FileEntry, target: Path, advance: Callable[[int], None]) -> None:
     hasher = blake3()
-    with translating(str(target)), folder.open(entry.path) as source:
+    with Translating(str(target)), folder.open(entry.path) as source:
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("wb") as file:
             while block := source.read(_BLOCK_BYTES):
                 hasher.update(block)
                 file.write(block)
                 advance(len(block))
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
     if hasher.hexdigest() != entry.digest.hex:
         raise Changed(f"{folder.url}/{entry.path}", str(entry.digest), f"blake3:{hasher.hexdigest()}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +29,6 @@ from registry.errors import (
 from registry.manifest import Checkpoint, Finding, Level
 from registry.registering import Registration
 from registry.service import Registry
-
-
-@pytest.fixture
-def ckpt(tmp_path: Path) -> Iterator[Registry]:
-    with tiny.open_registry(tmp_path / "home") as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +15,6 @@ from registry.errors import CorruptFile, Refused
 from registry.manifest import Finding, Level
 from registry.registering import Registration
 from registry.service import Registry
-
-
-@pytest.fixture
-def ckpt(tmp_path: Path) -> Iterator[Registry]:
-    with tiny.open_registry(tmp_path / "home") as opened:
-        yield opened
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return tiny.write_base(tmp_path / "base")
-
-
-@pytest.fixture
-def adapter(tmp_path: Path, base: Path) -> Path:
-    return tiny.write_adapter(tmp_path / "bot", base=base)
 
 
 def check(ckpt: Registry, adapter: Path, base: str = "", **said: Any) -> dict[str, Finding]:

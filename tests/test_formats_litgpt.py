@@ -21,11 +21,6 @@ LLAMA, NEOX, LEGACY = (DATA / name for name in ("base-llama-gqa", "base-neox-mha
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(tmp_path)
-
-
-@pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A copy of a LoRA run on query and value, to be spoilt; its base is beside it."""
     shutil.copytree(LLAMA, tmp_path / LLAMA.name)

@@ -26,19 +26,9 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return tiny.write_base(tmp_path / "base")
-
-
-@pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     """LoRA of rank 4 on query and value of both layers; it fits."""
     return tiny.write_adapter(tmp_path / "adapter")
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(tmp_path)
 
 
 def edit(adapter: Path, change: dict[str, Any]) -> None:

@@ -38,11 +38,6 @@ FLOATS = (DType.F64, DType.F32, DType.F16, DType.BF16)
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(tmp_path)
-
-
-@pytest.fixture
 def base(tmp_path: Path) -> Path:
     return tiny.write_base(tmp_path / "base", shards=3)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,12 +10,6 @@ import tiny
 from registry.errors import Changed, Conflict, DamagedBlob, PathNotFound, StorageFailed
 from registry.manifest import Checkpoint
 from registry.service import Registry
-
-
-@pytest.fixture
-def ckpt(tmp_path: Path) -> Iterator[Registry]:
-    with tiny.open_registry(tmp_path / "home") as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,25 +35,9 @@ from registry.service import Registry
 
 
 @pytest.fixture
-def ckpt(tmp_path: Path) -> Iterator[Registry]:
-    with tiny.open_registry(tmp_path / "home") as opened:
-        yield opened
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return tiny.write_base(tmp_path / "base")
-
-
-@pytest.fixture
 def run(tmp_path: Path, base: Path) -> Path:
     """A run of the Hugging Face Trainer."""
     return tiny.write_run(tmp_path / "support-bot", base=base)
-
-
-@pytest.fixture
-def adapter(tmp_path: Path, base: Path) -> Path:
-    return tiny.write_adapter(tmp_path / "bot", base=base)
 
 
 def truncate(path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -33,12 +33,6 @@ from registry.registering import Registration
 from registry.service import Registry
 
 Maker = Callable[..., Checkpoint]
-
-
-@pytest.fixture
-def ckpt(tmp_path: Path) -> Iterator[Registry]:
-    with tiny.open_registry(tmp_path / "home") as opened:
-        yield opened
 
 
 @pytest.fixture

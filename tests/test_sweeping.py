@@ -6,7 +6,6 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,12 +18,6 @@ from registry.registering import Registration
 from registry.service import Registry
 
 NOW, DAY = timedelta(0), timedelta(days=1)
-
-
-@pytest.fixture
-def ckpt(tmp_path: Path) -> Iterator[Registry]:
-    with tiny.open_registry(tmp_path / "home") as opened:
-        yield opened
 
 
 @pytest.fixture

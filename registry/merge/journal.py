@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, Self, final
 
+from registry.disk import Translating
 from registry.errors import InvalidInput, MergeRunning
 from registry.manifest import FileEntry, TensorRecord, digest_of, to_json
-from registry.merge.sinks import translating
 from registry.refs import Digest
 
 _Finished = tuple[FileEntry, tuple[TensorRecord, ...]]
@@ -36,7 +36,7 @@ class Journal:
         self._files: dict[str, _Finished] = {}
 
     def __enter__(self) -> Self:
-        with translating(str(self._lock_path)):
+        with Translating(str(self._lock_path)):
             self._lock_path.parent.mkdir(parents=True, exist_ok=True)
             while self._lock is None:
                 self._lock = self._take_lock()
@@ -81,7 +81,7 @@ class Journal:
             for path, (entry, records) in self._files.items()
         }
         temporary = self._path.with_suffix(".tmp")
-        with translating(str(self._path)):
+        with Translating(str(self._path)):
             temporary.write_text(json.dumps(files), encoding="utf-8")
             temporary.replace(self._path)
 

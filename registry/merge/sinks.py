@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Protocol, cast, final
 
 from blake3 import blake3
 
+from registry.disk import Translating, sync_folder
 from registry.errors import Conflict, DamagedBlob, StorageFailed
 from registry.locations import local_folder, open_filesystem
 from registry.manifest import FileEntry
@@ -136,7 +136,7 @@ class FolderSink:
         return str(self._folder)
 
     def prepare(self, size_bytes: int) -> None:
-        with translating(self.url):
+        with Translating(self.url):
             if self._target.exists() and (not self._target.is_dir() or any(self._target.iterdir())):
                 raise Conflict(self.url, "something is there already")
             if self._target.is_mount():
@@ -147,7 +147,7 @@ class FolderSink:
 
     def holds(self, entry: FileEntry) -> bool:
         path = self._partial / entry.path
-        with translating(self.url), suppress(FileNotFoundError), path.open("rb", buffering=0) as file:
+        with Translating(self.url), suppress(FileNotFoundError), path.open("rb", buffering=0) as file:
             if os.fstat(file.fileno()).st_size == entry.size_bytes and _digest(file) == entry.digest:
                 self._files.add(path)
                 return True
@@ -158,7 +158,7 @@ class FolderSink:
         return _FolderWriter(self._partial / path, path, size_bytes)
 
     def publish(self) -> None:
-        with translating(self.url):
+        with Translating(self.url):
             self._remove_strangers()
             for folder in [path for path in self._partial.rglob("*") if path.is_dir()] + [self._partial]:
                 sync_folder(folder)
@@ -180,7 +180,7 @@ class _FolderWriter:
     def __init__(self, target: Path, path: str, size_bytes: int) -> None:
         self._target, self._path, self._url = target, path, str(target)
         self._hasher, self._size = blake3(), 0
-        with translating(self._url):
+        with Translating(self._url):
             target.parent.mkdir(parents=True, exist_ok=True)
             self._file: IO[bytes] | None = target.open("wb", buffering=0)
         if size_bytes:
@@ -189,7 +189,7 @@ class _FolderWriter:
     def _allocate(self, descriptor: int, size_bytes: int) -> None:
         """Reserve the room now: a full disk shows before hours of work, not after."""
         try:
-            with translating(self._url), suppress(NotImplementedError, AttributeError):
+            with Translating(self._url), suppress(NotImplementedError, AttributeError):
                 os.posix_fallocate(descriptor, 0, size_bytes)
         except StorageFailed:
             self.cancel()
@@ -197,7 +197,7 @@ class _FolderWriter:
 
     def write(self, data: bytes | memoryview) -> None:
         view = memoryview(data).cast("B")
-        with translating(self._url):
+        with Translating(self._url):
             done = 0
             while done < len(view):
                 done += cast("IO[bytes]", self._file).write(view[done:])
@@ -205,7 +205,7 @@ class _FolderWriter:
         self._size += len(view)
 
     def commit(self) -> FileEntry:
-        with translating(self._url):
+        with Translating(self._url):
             file = cast("IO[bytes]", self._file)
             file.truncate(self._size)
             os.fsync(file.fileno())
@@ -235,13 +235,13 @@ class RemoteSink:
 
     def prepare(self, size_bytes: int) -> None:
         del size_bytes  # object stores do not say how much room they have
-        with translating(self._url):
+        with Translating(self._url):
             if self._system.exists(f"{self._root}/merge.json"):
                 raise Conflict(self._url, "a merged model is there already")
 
     def holds(self, entry: FileEntry) -> bool:
         path = f"{self._root}/{entry.path}"
-        with translating(self._url), suppress(FileNotFoundError):
+        with Translating(self._url), suppress(FileNotFoundError):
             if int(self._system.info(path)["size"]) == entry.size_bytes:
                 with self._system.open(path, "rb", block_size=4 * BLOCK_BYTES) as file:
                     if _digest(file) == entry.digest:
@@ -259,7 +259,7 @@ class RemoteSink:
 
     def discard(self) -> None:
         for path in self._files:  # and no others: the place may have been in use before
-            with translating(self._url), suppress(FileNotFoundError):
+            with Translating(self._url), suppress(FileNotFoundError):
                 self._system.rm_file(path)
 
 
@@ -268,18 +268,18 @@ class _RemoteWriter:
     def __init__(self, system: Any, target: str, path: str) -> None:
         self._system, self._target, self._path = system, target, path
         self._hasher, self._size, self._is_open = blake3(), 0, True
-        with translating(target):
+        with Translating(target):
             system.makedirs(target.rpartition("/")[0], exist_ok=True)
             self._file = system.open(target, "wb", block_size=4 * BLOCK_BYTES)
 
     def write(self, data: bytes | memoryview) -> None:
-        with translating(self._target):
+        with Translating(self._target):
             self._file.write(bytes(data))  # fsspec's uploads keep what they are given until a part is full
         self._hasher.update(data)
         self._size += len(data)
 
     def commit(self) -> FileEntry:
-        with translating(self._target):
+        with Translating(self._target):
             self._file.close()
         self._is_open = False
         return FileEntry(path=self._path, size_bytes=self._size, digest=Digest(self._hasher.hexdigest()))
@@ -305,21 +305,3 @@ def _check_room(folder: Path, size_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size_bytes:
         raise StorageFailed(str(folder), f"no space left on device: {size_bytes:,} bytes needed, {free:,} free")
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def translating(url: str) -> Iterator[None]:
-    """Turn errors of the operating system into `StorageFailed`."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageFailed(url, (error.strerror or str(error)).lower()) from error

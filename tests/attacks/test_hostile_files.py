@@ -14,7 +14,7 @@ import struct
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +25,6 @@ from registry.errors import CorruptFile, NotACheckpoint, RegistryError, UnknownB
 from registry.locations import MAX_FILES
 from registry.registering import Registration
 from registry.service import Registry
-
-
-@pytest.fixture
-def ckpt(tmp_path: Path) -> Iterator[Registry]:
-    with tiny.open_registry(tmp_path / "home") as opened:
-        yield opened
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return tiny.write_base(tmp_path / "base")
-
-
-@pytest.fixture
-def adapter(tmp_path: Path, base: Path) -> Path:
-    return tiny.write_adapter(tmp_path / "bot", base=base)
 
 
 def refused(ckpt: Registry, place: Path, error: type[RegistryError] | tuple[type[RegistryError], ...]) -> RegistryError:
