@@ -1,4 +1,4 @@
-"""`ckpt note`, `tag`, `metric`, `alias`, `rm`, `gc`: what people add to checkpoints, and what they remove."""
+"""`ckpt note`, `tag`, `metric`, `alias`, `rm`, `gc`, `db`: what people add to checkpoints, what they remove, and upkeep."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from registry.errors import InvalidInput, InvalidReference
 from registry.refs import CheckpointRef
 
 metric_app = typer.Typer(no_args_is_help=True, help="Metrics of checkpoints.")
+db_app = typer.Typer(no_args_is_help=True, help="The database.")
 alias_app = typer.Typer(no_args_is_help=True, help="Movable names inside an adapter: support-bot@candidate.")
 
 
-def note(ref: Ref, text: Annotated[str, typer.Argument(help="What to remember.")]) -> None:
+def note(ref: Ref, text: Annotated[str, typer.Argument(metavar="TEXT", help="What to remember.")]) -> None:
     """Add a note to a checkpoint. Notes are never changed or removed."""
     with connect() as registry:
         checkpoint = registry.resolve(ref)
@@ -26,7 +27,7 @@ def note(ref: Ref, text: Annotated[str, typer.Argument(help="What to remember.")
 
 def tag(
     ref: Ref,
-    tags: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Tags to set.")] = None,
+    tags: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Tags to set.")] = None,
     remove: Annotated[
         list[str] | None, typer.Option("--remove", metavar="KEY", help="A tag to remove. May be repeated.")
     ] = None,
@@ -58,7 +59,9 @@ def metric_add(
 
 
 @alias_app.command("set")
-def alias_set(ref: Ref, alias: Annotated[str, typer.Argument(help="The alias, such as candidate.")]) -> None:
+def alias_set(
+    ref: Ref, alias: Annotated[str, typer.Argument(metavar="ALIAS", help="The alias, such as candidate.")]
+) -> None:
     """Point an alias to a checkpoint."""
     with connect() as registry:
         checkpoint = registry.resolve(ref)
@@ -68,7 +71,11 @@ def alias_set(ref: Ref, alias: Annotated[str, typer.Argument(help="The alias, su
 
 
 @alias_app.command("rm")
-def alias_rm(ref: Annotated[str, typer.Argument(help="The alias with its adapter: support-bot@candidate.")]) -> None:
+def alias_rm(
+    ref: Annotated[
+        str, typer.Argument(metavar="ADAPTER@ALIAS", help="The alias with its adapter: support-bot@candidate.")
+    ],
+) -> None:
     """Remove an alias."""
     parsed = CheckpointRef.parse(ref)
     if parsed.adapter is None or parsed.selector != "label":
@@ -100,3 +107,11 @@ def gc(
         swept = registry.sweep(older_than=parse.duration(older_than), dry_run=dry_run)
     what = "would remove" if dry_run else "removed"
     output.print_line(f"{what} {swept.blobs} files, {output.size(swept.size_bytes)}")
+
+
+@db_app.command("upgrade")
+def db_upgrade() -> None:
+    """Bring the database to this version's tables. SQLite's is upgraded by itself, after a backup; others only here."""
+    with connect() as registry:
+        registry.upgrade_database()
+    output.print_line("the database is up to date")

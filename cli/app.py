@@ -41,6 +41,7 @@ COMMANDS = (
     ("history", "cli.choose:history", "Keep order"),
     ("rm", "cli.annotate:rm", "Keep order"),
     ("gc", "cli.annotate:gc", "Keep order"),
+    ("db", "cli.annotate:db_app", "Keep order"),
 )
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def list_(
-    adapter: Annotated[str, typer.Argument(help="Of this adapter only.")] = "",
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Of this adapter only.")] = "",
     best: Annotated[
         str | None,
         typer.Option(
@@ -104,7 +104,9 @@ def show(ref: Subject, json: Json = False) -> None:
 
 
 def history(
-    subject: Annotated[str, typer.Argument(help="An adapter, a checkpoint or a base model. Default: everything.")] = "",
+    subject: Annotated[
+        str, typer.Argument(metavar="SUBJECT", help="An adapter, a checkpoint or a base model. Default: everything.")
+    ] = "",
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the last so many.")] = None,
     json: Json = False,
 ) -> None:

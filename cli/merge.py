@@ -101,7 +101,7 @@ def _print_plan(planned: Planned, *, json: bool) -> None:
 
 def pull(
     ref: Subject,
-    folder: Annotated[Path, typer.Argument(help="A new or empty folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
 ) -> None:
     """Write a checkpoint's files, exactly as they were registered, or a merged model into a folder. Verified on the way."""
     target = folder.expanduser().absolute()

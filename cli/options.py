@@ -13,9 +13,11 @@ def flag(name: str, help: str, *more: str, **settings: Any) -> Any:
 
 
 Json = Annotated[bool, flag("--json", "Print JSON for programs.")]
-Ref = Annotated[str, typer.Argument(help="A checkpoint: name, name@v3, name@alias, name@best:METRIC, or a digest.")]
-Subject = Annotated[str, typer.Argument(help="A checkpoint, or a merged model by its digest.")]
-BaseName = Annotated[str, typer.Argument(help="Name, or 6 and more digits of the digest.")]
+Ref = Annotated[
+    str, typer.Argument(metavar="REF", help="A checkpoint: name, name@v3, name@alias, name@best:METRIC, or a digest.")
+]
+Subject = Annotated[str, typer.Argument(metavar="REF", help="A checkpoint, or a merged model by its digest.")]
+BaseName = Annotated[str, typer.Argument(metavar="NAME", help="Name, or 6 and more digits of the digest.")]
 Note = Annotated[str, typer.Option(metavar="TEXT", help="A note, kept with the record.")]
 ArchVersion = Annotated[str, typer.Option(metavar="V", help="Your own label for the model's architecture.")]
 Lower = Annotated[bool, flag("--min", "Lower is better.")]

@@ -23,7 +23,8 @@ def register(
     path: Annotated[
         str,
         typer.Argument(
-            help="A checkpoint's folder, or that of a whole run: every checkpoint in it is registered. URLs work too."
+            metavar="PATH",
+            help="A checkpoint's folder, or that of a whole run: every checkpoint in it is registered. URLs work too.",
         ),
     ],
     adapter: Annotated[str, typer.Option(metavar="NAME", help="Name of the adapter. Default: the folder's.")] = "",
@@ -98,7 +99,9 @@ def _report_unreadable(intake: Intake) -> None:
 
 @base_app.command("add")
 def base_add(
-    path: Annotated[str, typer.Argument(help="The model's folder (safetensors, or litgpt), or any fsspec URL.")],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="The model's folder (safetensors, or litgpt), or any fsspec URL.")
+    ],
     name: Annotated[str, typer.Option(metavar="NAME", help="What to call it. Default: the folder's name.")] = "",
     arch_version: ArchVersion = "",
     copy: Annotated[bool, flag("--copy", "Put a copy into the store, instead of recording the place.")] = False,

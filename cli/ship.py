@@ -29,7 +29,7 @@ def ship(
 
 
 def shipped(
-    environment: Annotated[str | None, typer.Argument(metavar="[ENV]", help="Of this environment only.")] = None,
+    environment: Annotated[str | None, typer.Argument(metavar="ENV", help="Of this environment only.")] = None,
     at: Annotated[
         str, typer.Option("--at", metavar="TIME", help="At this time: 2026-05-03, '3 May' (its end), 2026-05-03T14:00.")
     ] = "",
@@ -54,7 +54,7 @@ def shipped(
 
 def rollback(
     environment: Annotated[str, typer.Argument(metavar="ENV", help="The environment.")],
-    adapter: Annotated[str, typer.Argument(help="The adapter, where several are live there.")] = "",
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="The adapter, where several are live there.")] = "",
     note: Note = "",
     json: Json = False,
 ) -> None:

@@ -80,6 +80,10 @@ class Registry:
         """Where everything is."""
         return self._workspace.settings
 
+    def upgrade_database(self) -> None:
+        """Bring the database to this package's tables; see `registry.workspace.Workspace.upgrade_database`."""
+        self._workspace.upgrade_database()
+
     def close(self) -> None:
         """Release the database."""
         self._workspace.close()

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, final
 
 from registry.db.catalog import Catalog
-from registry.db.schema import prepare, reading, writing
+from registry.db.schema import prepare, reading, upgrade, writing
 from registry.errors import InvalidInput
 from registry.fingerprint import DigestCache
 from registry.locations import Location
@@ -51,6 +51,14 @@ class Workspace:
     @cached_property
     def _engine(self) -> Any:
         return prepare(self.settings.database_url, self.settings.home / "backups")
+
+    def upgrade_database(self) -> None:
+        """Bring the database to this package's tables. SQLite's is upgraded by itself whenever it is opened; others only here.
+
+        Raises:
+            DatabaseVersion: it is newer than this package, or holds something else.
+        """
+        upgrade(self.settings.database_url, self.settings.home / "backups")
 
     @contextmanager
     def reading(self) -> Iterator[Catalog]:

@@ -43,7 +43,7 @@ def test_every_command_in_the_documents_exists() -> None:
     known = set(re.findall(r"^## `ckpt ?(.*)`$", (ROOT / "docs" / "cli.md").read_text(encoding="utf-8"), flags=re.M))
     for path in [ROOT / "README.md", ROOT / "examples" / "demo.py", *(ROOT / "docs").glob("*.md")]:
         for words in re.findall(
-            r"(?:\$ |`|\")ckpt ((?:base |alias |metric )?[a-z]+)", path.read_text(encoding="utf-8")
+            r"(?:\$ |`|\")ckpt ((?:base |alias |metric |db )?[a-z]+)", path.read_text(encoding="utf-8")
         ):
             assert words in known, f"{path.name}: ckpt {words}"
 

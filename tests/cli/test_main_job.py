@@ -163,7 +163,13 @@ def test_rm_and_gc(registered: Ckpt) -> None:
     assert registered("show", "support-bot@v1").code == 3
 
 
-@pytest.mark.parametrize("words", [(), ("base",), ("alias",), ("metric",)])
+def test_db_upgrade(ckpt: Ckpt, tmp_path: Path) -> None:
+    assert ckpt("db", "upgrade").out == "the database is up to date\n"
+    assert (tmp_path / "home" / "ckpt.db").is_file()
+    assert ckpt("db", "upgrade").code == 0
+
+
+@pytest.mark.parametrize("words", [(), ("base",), ("alias",), ("metric",), ("db",)])
 def test_no_command_shows_help(ckpt: Ckpt, words: tuple[str, ...]) -> None:
     result = ckpt(*words)
     assert "Usage: ckpt" in result.out + result.err
