@@ -27,7 +27,7 @@ def note(ref: Ref, text: Annotated[str, typer.Argument(metavar="TEXT", help="Wha
 
 def tag(
     ref: Ref,
-    tags: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Tags to set.")] = None,
+    tags: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Tags to set.")] = None,
     remove: Annotated[
         list[str] | None, typer.Option("--remove", metavar="KEY", help="A tag to remove. May be repeated.")
     ] = None,
@@ -45,7 +45,7 @@ def tag(
 @metric_app.command("add")
 def metric_add(
     ref: Ref,
-    values: Annotated[list[str], typer.Argument(metavar="NAME=VALUE...", help="Metrics to record.")],
+    values: Annotated[list[str], typer.Argument(metavar="NAME=VALUE", help="Metrics to record.")],
     step: Annotated[int | None, typer.Option(min=0, metavar="N", help="The step they were measured at.")] = None,
     lower: Lower = False,
     higher: Higher = False,
