@@ -135,7 +135,8 @@ def _pickle(error: errors.UnreadableFile) -> tuple[str, str]:
 
 
 def _refused(error: errors.Refused) -> tuple[str, str]:
-    return f"{error.report.checkpoint} does not go with {error.report.base}", "every finding is above"
+    verb = "does not go with" if error.report.misfits else "cannot be merged into"
+    return f"{error.report.checkpoint} {verb} {error.report.base}", "every finding is above"
 
 
 def _changed(error: errors.Changed) -> tuple[str, str]:

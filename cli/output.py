@@ -72,7 +72,8 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]], *,
     """
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     for index, name in enumerate(columns):
-        table.add_column(name, justify="right" if name in right else "left", no_wrap=index == 0 or name in right)
+        kept_whole = index == 0 or name in right
+        table.add_column(name, justify="right" if name in right else "left", no_wrap=kept_whole, overflow="fold")
     for row in rows:
         table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
     data_console().print(table)

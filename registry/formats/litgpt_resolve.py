@@ -184,19 +184,13 @@ class _LoraResolver:
             return None
         fused = module.endswith((".attn.qkv", ".attn.attn"))
         deltas = self._fused_deltas(module, a, b) if fused else self._plain_delta(module, a, b, source)
-        if a.spec.shape[1] != source.spec.shape[1]:
-            self._misfit(
-                "shape_mismatch",
-                f"{module}.lora_A",
-                f"{source.spec.shape[1]} columns, as the base",
-                f"{a.spec.shape[1]}",
-            )
+        if not deltas:
             return None
-        return (
-            Change(target=spec_like(source.spec, name=source.spec.name), source=source, deltas=tuple(deltas))
-            if deltas
-            else None
-        )
+        if a.spec.shape[1] != source.spec.shape[1]:
+            wanted = f"{source.spec.shape[1]} columns, as the base"
+            self._misfit("shape_mismatch", f"{module}.lora_A", wanted, f"{a.spec.shape[1]}")
+            return None
+        return Change(target=spec_like(source.spec, name=source.spec.name), source=source, deltas=tuple(deltas))
 
     def _plain_delta(self, module: str, a: StoredTensor, b: StoredTensor, source: StoredTensor) -> list[LowRank]:
         if a.spec.shape[0] != b.spec.shape[1] or b.spec.shape[0] != source.spec.shape[0]:

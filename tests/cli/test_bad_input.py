@@ -111,6 +111,16 @@ def test_other_weights_of_the_same_shape_are_refused(registered: Ckpt, tmp_path:
     assert (verified.code, "lm_head.weight" in verified.out) == (7, True)
 
 
+def test_what_fits_but_cannot_be_merged_is_said_so(ckpt: Ckpt, run_folder: Path) -> None:
+    config = run_folder / "checkpoint-40" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"use_dora": false', '"use_dora": true'))
+    result = ckpt("register", str(run_folder / "checkpoint-40"))
+    assert result.code == 0
+    assert "cannot merge it: dora" in result.err
+    failed(ckpt("merge", "support-bot"), 4, "cannot be merged into tiny-llama", "method_not_mergeable")
+    assert ckpt("show", "support-bot", "--json").json["compatibility"]["verdict"] == "refused"
+
+
 def test_names_and_numbers(registered: Ckpt) -> None:
     failed(registered("show", "support-bott"), 3, "did you mean support-bot?")
     failed(registered("show", "support-bot@v99"), 3, "no checkpoint")
