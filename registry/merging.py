@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+from blake3 import blake3
+
 from registry.base_models import open_base
-from registry.errors import Changed, DamagedBlob, PathNotFound, Refused
+from registry.errors import Changed, DamagedBlob, NotFound, PathNotFound, Refused, UnreadableFile
 from registry.examining import Examined
 from registry.formats.adapter import read_json
 from registry.locations import Location, local_folder, open_location
@@ -27,10 +29,15 @@ from registry.manifest import (
     content_digest,
     to_json,
 )
+from registry.merge.journal import Journal
 from registry.merge.plan import PROVENANCE_FILE, Inputs, Plan, make_plan
+from registry.merge.sinks import Sink, open_sink
+from registry.refs import Digest
 from registry.store import StoredFolder
 from registry.tensors import DType, SafetensorsHeader, read_safetensors_header
 from registry.workspace import Progress, Workspace, silent
+
+_BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,16 +113,32 @@ def merge(
     place = _place(out)
     if known is not None and place in known.locations and _is_there(workspace, known, place):
         return MergeResult(merged=known, location=place, created=False, report=examined.report)
-    # torch takes a second to import: only now is it needed
-    from registry.merge.engine import Sources, execute  # noqa: PLC0415
-    from registry.merge.journal import Journal  # noqa: PLC0415
-    from registry.merge.sinks import open_sink  # noqa: PLC0415
-
     sink = open_sink(out, workspace.store)
+    with Journal(workspace.settings.home / "merging", plan.recipe.digest, sink.url) as journal:
+        if place and (files := _published(workspace, plan, place, journal)):
+            records: tuple[TensorRecord, ...] = ()
+        else:
+            files, records = _execute(workspace, examined, plan, sink, journal, known=known, progress=progress)
+        merged = _record(workspace, examined, plan, files, sink.url, note)
+        journal.finish()
+    return MergeResult(merged=merged, location=sink.url, created=True, report=examined.report, records=records)
+
+
+def _execute(
+    workspace: Workspace,
+    examined: Examined,
+    plan: Plan,
+    sink: Sink,
+    journal: Journal,
+    *,
+    known: Merged | None,
+    progress: Progress,
+) -> tuple[tuple[FileEntry, ...], tuple[TensorRecord, ...]]:
+    from registry.merge.engine import Sources, execute  # noqa: PLC0415 - torch takes a second to import
+
     with (
         closing(open_base(workspace, plan.base)) as base,
         closing(workspace.folder_of(examined.checkpoint)) as adapter,
-        Journal(workspace.settings.home / "merging", plan.recipe.digest, sink.url) as journal,
     ):
         outcome = execute(
             plan,
@@ -125,9 +148,7 @@ def merge(
             provenance=lambda files, records: _last_file(workspace, examined, plan, files, records, known=known),
             advance=lambda done: progress("merging", done, plan.size_bytes),
         )
-        merged = _record(workspace, examined, plan, outcome.files, sink.url, note)
-        journal.finish()
-    return MergeResult(merged=merged, location=sink.url, created=True, report=examined.report, records=outcome.records)
+    return outcome.files, outcome.records
 
 
 def _place(out: str | None) -> str:
@@ -147,6 +168,36 @@ def _is_there(workspace: Workspace, merged: Merged, place: str) -> bool:
     except (PathNotFound, DamagedBlob):
         return False
     return all(sizes.get(entry.path) == entry.size_bytes for entry in merged.files)
+
+
+def _published(workspace: Workspace, plan: Plan, place: str, journal: Journal) -> tuple[FileEntry, ...] | None:
+    """The files of this very merge, published by a try that ended before it could record them; None when that is not what is there.
+
+    The journal, which outlives such a try, tells what it wrote; `merge.json` alone could say anything.
+    """
+    finished = [journal.finished(file.path) for file in plan.files]
+    try:
+        location = open_location(place)
+        said = read_json(location, PROVENANCE_FILE)
+        if not all(finished) or said.get("recipe_digest") != str(plan.recipe.digest):
+            return None
+        blob = workspace.store.put_file(location, PROVENANCE_FILE)
+        files = [_entry(location, path) for path in said["files"]]
+    except (NotFound, UnreadableFile, KeyError, TypeError):
+        return None
+    found = {each.path: each.digest for each in files}
+    if any(found.get(entry.path) != entry.digest for entry, _ in filter(None, finished)):
+        return None
+    return (*files, FileEntry(path=PROVENANCE_FILE, size_bytes=blob.size_bytes, digest=blob.digest))
+
+
+def _entry(location: Location, path: str) -> FileEntry:
+    hasher, size_bytes = blake3(), 0
+    with location.open(path) as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            hasher.update(block)
+            size_bytes += len(block)
+    return FileEntry(path=path, size_bytes=size_bytes, digest=Digest(hasher.hexdigest()))
 
 
 def _last_file(

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from registry.errors import BaseChanged, Conflict, MergeRunning, NotFinite, NothingMerged, StorageFailed
 from registry.locations import open_location
+from registry.manifest import FileEntry
 from registry.merge.engine import Sources, execute
 from registry.merge.journal import Journal
 from registry.merge.sinks import FolderSink
@@ -399,6 +400,43 @@ def test_interrupted_on_the_way_to_the_store(whole: Whole, tmp_path: Path) -> No
     assert bench.registry.merged()[0].locations == (str(tmp_path / "whole"),)
     bench.registry.pull(bench.merge(None).merged, tmp_path / "pulled")
     assert contents(tmp_path / "pulled") == expected
+
+
+def publish_only(bench: Workbench, out: Path) -> None:
+    """What a process leaves that dies between publishing and recording."""
+    planned = bench.plan()
+    digest = planned.plan.recipe.digest
+
+    def provenance(files: Sequence[FileEntry], records: object) -> tuple[str, bytes]:
+        said = {"recipe_digest": str(digest), "files": {entry.path: {} for entry in files}}
+        return "merge.json", json.dumps(said).encode()
+
+    sources = Sources(base=open_location(str(bench.base)), adapter=open_location(str(bench.adapter)))
+    with Journal(bench.folder / "home" / "merging", digest, str(out)) as journal:
+        execute(planned.plan, sources, FolderSink(out), journal, provenance=provenance)
+
+
+def test_published_but_not_recorded_is_recorded_by_the_next_try(make: Make, tmp_path: Path) -> None:
+    bench, out = make(), tmp_path / "out"
+    publish_only(bench, out)
+    before = {path.name: path.stat().st_ino for path in out.iterdir()}
+    result = bench.merge(out)
+    assert {path.name: path.stat().st_ino for path in out.iterdir()} == before
+    assert [merged.locations for merged in bench.registry.merged()] == [(str(out),)]
+    assert result.merged.files[-1].path == "merge.json"
+    assert not bench.merge(out).created
+
+
+def test_what_only_claims_to_be_this_merge_is_left_alone(make: Make, tmp_path: Path) -> None:
+    bench, out = make(), tmp_path / "out"
+    publish_only(bench, out)
+    weights = bytearray((out / SECOND).read_bytes())
+    weights[-1] ^= 1
+    (out / SECOND).write_bytes(weights)
+    with pytest.raises(Conflict):
+        bench.merge(out)
+    assert (out / SECOND).read_bytes() == weights
+    assert bench.registry.merged() == []
 
 
 def test_killed_it_goes_on(whole: Whole, tmp_path: Path) -> None:
