@@ -172,10 +172,19 @@ def _not_finite(error: errors.NotFinite) -> tuple[str, str]:
 
 
 def _storage(error: errors.StorageFailed) -> tuple[str, str]:
-    return (
-        f"{error.url}: {error.reason}",
-        "free some room or fix the permissions, then run it again: what is finished is kept",
-    )
+    reason = error.reason.lower()
+    remedies = {
+        "free some room, then run it again: what is finished is kept": (
+            "no space",
+            "too large",
+            "quota",
+            "disk is full",
+        ),
+        "fix the permissions, then run it again: what is finished is kept": ("permission", "read-only", "readonly"),
+        "install the package for this kind of store beside ckpt-registry": ("install ",),
+    }
+    hint = next((hint for hint, signs in remedies.items() if any(sign in reason for sign in signs)), "")
+    return f"{error.url}: {error.reason}", hint
 
 
 # Looked up along the class tree, so a subclass without a line of its own reads like its parent.

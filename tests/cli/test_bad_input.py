@@ -223,6 +223,7 @@ def test_full_disk(registered: Ckpt, tmp_path: Path) -> None:
     ran = _child(tmp_path, f"{limit} from cli.app import main; main(['merge', 'support-bot', '--out', 'merged'])")
     assert ran.returncode == 8, ran.stderr
     assert "file too large" in ran.stderr
+    assert "free some room" in ran.stderr
     assert "Traceback" not in ran.stderr
     assert not (tmp_path / "merged").exists()
     assert registered("merge", "support-bot", "--out", "merged").code == 0
@@ -250,6 +251,7 @@ def test_read_only_store(registered: Ckpt, run_folder: Path, tmp_path: Path) -> 
         ran = _child(place, code)
         assert ran.returncode == 8, ran.stderr
         assert "permission denied" in ran.stderr
+        assert "fix the permissions" in ran.stderr
         assert "Traceback" not in ran.stderr
         for folder in (place / "shared" / "store").rglob("*"):
             folder.chmod(0o755)
@@ -294,6 +296,10 @@ def test_an_interrupted_merge_says_so_and_can_be_done_again(registered: Ckpt, tm
     assert (child.returncode, err) == (130, "interrupted; what is finished is kept, run it again to go on\n")
     assert not (tmp_path / "merged").exists()
     assert registered("merge", "support-bot", "--out", "merged").code == 0
+
+
+def test_a_store_of_an_unknown_kind(registered: Ckpt) -> None:
+    failed(registered("merge", "support-bot", "--out", "zork://bucket/model"), 8, "zork")
 
 
 def test_output_that_is_cut_off_is_no_error(registered: Ckpt, tmp_path: Path) -> None:
