@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny
+from hypothesis import settings
 from merging import Bench
 
 from registry.service import Registry
+
+# How long an example takes is the machine's affair. Where a change is judged, everybody must get the same examples; elsewhere, new ones.
+settings.register_profile("ckpt", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("ckpt")
 
 
 @pytest.fixture
