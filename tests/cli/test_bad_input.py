@@ -322,9 +322,13 @@ def test_an_interrupted_merge_says_so_and_can_be_done_again(ckpt: Ckpt, tmp_path
     }
     (tmp_path / "bot" / "adapter_config.json").write_text(json.dumps(config))
     assert ckpt("register", "bot").code == 0
-    words = [sys.executable, "-m", "cli", "merge", "bot", "--out", "merged"]
+    # Whoever starts the tests in the background has interrupts ignored, and children inherit that.
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    job = f"{listen}; from cli.app import main; main(['merge', 'bot', '--out', 'merged'])"
     environment = {**os.environ, "CKPT_HOME": str(tmp_path / "home")}
-    child = subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", job], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    )
     while child.poll() is None and not (tmp_path / "merged.partial").exists():
         time.sleep(0.001)
     child.send_signal(signal.SIGINT)
