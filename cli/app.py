@@ -14,6 +14,7 @@ from rich.markup import escape
 from cli import output
 from cli.errors import explain
 from cli.options import flag
+from registry.errors import Refused
 
 _INTERRUPTED = 130
 _EPILOG = (
@@ -109,6 +110,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _explain(error: Exception) -> int:
     """Tell the user what went wrong and what to do; gives the exit code."""
+    if isinstance(error, Refused):
+        from cli.views import print_report_as_talk  # noqa: PLC0415 - the help need not wait for it
+
+        print_report_as_talk(error.report)
     explanation = explain(error)
     output.say(f"[bold red]error:[/bold red] {escape(explanation.message)}")
     if explanation.hint:

@@ -11,12 +11,12 @@ import typer
 from cli import output, views
 from cli.options import Json, Note, Ref, Subject, flag
 from registry import connect
-from registry.errors import InvalidRecipe, Refused
+from registry.errors import InvalidRecipe
 from registry.manifest import Level, to_json
 from registry.tensors import DType
 
 if TYPE_CHECKING:
-    from registry.service import Planned, Registry
+    from registry.service import Planned
 
 _REFUSED = 4
 
@@ -61,7 +61,8 @@ def merge(
     In it, merge.json tells what it was made of. The same merge again finds its result; an interrupted one goes on where it was.
     """
     with connect() as registry:
-        planned = _plan(registry, ref, _dtype(dtype))
+        with output.progress() as progress:
+            planned = registry.plan(registry.resolve(ref), dtype=_dtype(dtype), progress=progress)
         if dry_run:
             _print_plan(planned, json=json)
             return
@@ -80,15 +81,6 @@ def _dtype(text: str) -> DType | None:
     if found is None or not found.is_mergeable:
         raise InvalidRecipe("dtype", text, "expected float32, bfloat16, float16 or float64")
     return found
-
-
-def _plan(registry: Registry, ref: str, dtype: DType | None) -> Planned:
-    try:
-        with output.progress() as progress:
-            return registry.plan(registry.resolve(ref), dtype=dtype, progress=progress)
-    except Refused as refused:
-        views.print_report_as_talk(refused.report)
-        raise
 
 
 def _print_plan(planned: Planned, *, json: bool) -> None:

@@ -10,11 +10,9 @@ from cli import output, parse, views
 from cli.errors import explain
 from cli.options import ArchVersion, BaseName, Json, Note, flag
 from registry import connect
-from registry.errors import Refused
 
 if TYPE_CHECKING:
-    from registry.registering import Intake, Registration
-    from registry.service import Registry
+    from registry.registering import Intake
 
 base_app = typer.Typer(no_args_is_help=True, help="Base models: what adapters are trained on and merged into.")
 
@@ -57,8 +55,8 @@ def register(
         tags=parse.pairs(tag or (), "tag"),
         arch_version=arch_version,
     )
-    with connect() as registry:
-        intake = _register(registry, path, said)
+    with connect() as registry, output.progress() as progress:
+        intake = registry.register(path, said, progress=progress)
     if json:
         output.print_json(
             [{**views.checkpoint_json(each.checkpoint), "created": each.created} for each in intake.registered]
@@ -66,15 +64,6 @@ def register(
     else:
         _print_intake(intake)
     _report_unreadable(intake)
-
-
-def _register(registry: Registry, path: str, said: Registration) -> Intake:
-    try:
-        with output.progress() as progress:
-            return registry.register(path, said, progress=progress)
-    except Refused as refused:
-        views.print_report_as_talk(refused.report)
-        raise
 
 
 def _print_intake(intake: Intake) -> None:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from cli.errors import explain
 from cli.output import ago, count, number, plain, print_facts, print_heading, print_table, say, size, when
-from registry.manifest import BaseModel, Checkpoint, Level, Merged, Report, Shipment, TensorRecord, to_json
+from registry.manifest import BaseModel, Checkpoint, Finding, Level, Merged, Report, Shipment, TensorRecord, to_json
 from registry.selection import direction_of
 
 if TYPE_CHECKING:
@@ -132,8 +132,7 @@ def print_report(report: Report, *, passed: bool = True) -> None:
         if finding.level is Level.PASS and not passed:
             continue
         mark, style = _LEVEL_STYLES[finding.level]
-        said = f"expected {finding.expected}; found {finding.found}" if finding.expected else finding.found
-        rows.append([Text(f"{mark} {finding.code}", style=style), finding.where, said, finding.advice])
+        rows.append([Text(f"{mark} {finding.code}", style=style), finding.where, _said(finding), finding.advice])
     width = 4 if any(row[3] for row in rows) else 3
     print_table(["finding", "where", "what", "do"][:width], [row[:width] for row in rows])
 
@@ -229,14 +228,19 @@ def print_shipments(shipments: Sequence[Shipment], *, history: bool) -> None:
     print_table(columns, rows)
 
 
+def _said(finding: Finding) -> str:
+    return f"expected {finding.expected}; found {finding.found}" if finding.expected else finding.found
+
+
 def print_report_as_talk(report: Report) -> None:
     """The findings of a refusal, on stderr: they explain an error, they are not the data that was asked for."""
     for finding in report.findings:
         if finding.level is Level.REFUSED:
             mark, style = _LEVEL_STYLES[finding.level]
-            said = f"expected {finding.expected}; found {finding.found}" if finding.expected else finding.found
             advice = f" ({finding.advice})" if finding.advice else ""
-            say(f"[{style}]{mark} {finding.code}[/{style}]  {plain(finding.where)}: {plain(said)}{plain(advice)}")
+            say(
+                f"[{style}]{mark} {finding.code}[/{style}]  {plain(finding.where)}: {plain(_said(finding))}{plain(advice)}"
+            )
 
 
 def details_json(details: Details) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 from registry.errors import Changed, Conflict, NotACheckpoint, PathNotFound, UnknownBase
@@ -15,12 +14,11 @@ from registry.fingerprint import DigestCache, architecture_digest, digest_tensor
 from registry.formats import Adapter
 from registry.formats.base_model import BaseHead, read_base
 from registry.locations import Location, local_folder, open_location
-from registry.manifest import BaseModel, FileEntry, Fingerprint
+from registry.manifest import BaseFile, BaseModel, FileEntry, Fingerprint
 from registry.refs import AdapterName, Digest, nearest_name
 from registry.store import StoredFolder
 from registry.workspace import Progress, Workspace, nothing_but, silent
 
-_EPOCH = datetime.fromtimestamp(0, UTC)
 _HUB_SNAPSHOT = re.compile(r"models--(?:(?P<namespace>.+?)--)?(?P<name>.+)/snapshots/[^/]+")
 
 
@@ -77,14 +75,25 @@ def add_base(
         AdapterName.parse(name)
     with closing(open_location(url)) as location:
         head = read_base(location)
-        found = _describe(workspace.cache, location, head, progress)
-        entries = _copy(workspace, location, head, found) if copy else ()
-    if entries:
-        stored = StoredFolder(workspace.store, entries)
-        found = replace(found, url=stored.url, in_store=True, files=head.files(stored))
+        files = head.files(location)
+        fingerprint = _fingerprint(workspace.cache, location, head, progress)
+        entries = _copy(workspace, location, head, files) if copy else ()
+        place: Location = StoredFolder(workspace.store, entries) if copy else location
     with workspace.writing() as change:
         workspace.check_stored(entries)
-        found = replace(found, author=change.author, created_at=change.at, arch_version=arch_version)
+        found = BaseModel(
+            name=name,
+            url=place.url,
+            in_store=copy,
+            format=head.format,
+            fingerprint=fingerprint,
+            arch_version=arch_version,
+            config=head.config,
+            files=head.files(place) if copy else files,
+            tensors=head.tensors,
+            created_at=change.at,
+            author=change.author,
+        )
         known = change.catalog.bases.by_weights(found.digest)
         if known is not None:
             merged = _same_base(known, found, name)
@@ -92,46 +101,35 @@ def add_base(
                 change.catalog.bases.update(merged, stored_entries(merged))
                 change.record("base.move", known.name, url=merged.url, **nothing_but({"arch_version": arch_version}))
             return AddedBase(base=merged, created=False)
-        base = replace(found, name=name or _free_name(change.catalog.bases.all(), location.url, found.digest))
+        base = replace(found, name=name or _free_name(change.catalog.bases.names(), location.url, found.digest))
         change.catalog.bases.add(base, entries)
         change.record("base.add", base.name, weights=base.digest.hex, url=base.url)
         return AddedBase(base=base, created=True)
 
 
-def _describe(cache: DigestCache, location: Location, head: BaseHead, progress: Progress) -> BaseModel:
+def _fingerprint(
+    cache: DigestCache,
+    location: Location,
+    head: BaseHead,
+    progress: Progress,
+    what: str = "fingerprinting the base model",
+) -> Fingerprint:
     total = sum(tensor.spec.size_bytes for tensor in head.tensors)
-    files = head.files(location)
-    digests = digest_tensors(
-        location, head.tensors, cache=cache, advance=lambda done: progress("fingerprinting the base model", done, total)
-    )
-    specs = [tensor.spec for tensor in head.tensors]
-    return BaseModel(
-        name="",
-        url=location.url,
-        in_store=False,
-        format=head.format,
-        fingerprint=Fingerprint(
-            architecture=architecture_digest(head.format, head.config, specs),
-            weights=weights_digest(digests),
-            tensors=digests,
-        ),
-        arch_version="",
-        config=head.config,
-        files=files,
-        tensors=head.tensors,
-        created_at=_EPOCH,
-        author="",
+    digests = digest_tensors(location, head.tensors, cache=cache, advance=lambda done: progress(what, done, total))
+    return Fingerprint(
+        architecture=architecture_digest(head.format, head.config, [tensor.spec for tensor in head.tensors]),
+        weights=weights_digest(digests),
+        tensors=digests,
     )
 
 
-def _copy(workspace: Workspace, location: Location, head: BaseHead, found: BaseModel) -> tuple[FileEntry, ...]:
-    entries = []
-    for file in found.files:
-        blob = workspace.store.put_file(location, file.path)
-        entries.append(FileEntry(path=file.path, size_bytes=blob.size_bytes, digest=blob.digest, sha256=blob.sha256))
-    if head.files(location) != found.files:
+def _copy(
+    workspace: Workspace, location: Location, head: BaseHead, files: tuple[BaseFile, ...]
+) -> tuple[FileEntry, ...]:
+    entries = workspace.store_files(location, [file.path for file in files])
+    if head.files(location) != files:
         raise Changed(location.url, "the files whose fingerprint was taken", "newer ones: something is writing there")
-    return tuple(entries)
+    return entries
 
 
 def _same_base(known: BaseModel, found: BaseModel, name: str) -> BaseModel:
@@ -152,9 +150,9 @@ def _same_base(known: BaseModel, found: BaseModel, name: str) -> BaseModel:
     )
 
 
-def _free_name(known: list[BaseModel], url: str, digest: Digest) -> str:
+def _free_name(taken: list[str], url: str, digest: Digest) -> str:
     chosen = _name_of_place(url)
-    return f"{chosen}-{digest.short}" if any(base.name == chosen for base in known) else chosen
+    return f"{chosen}-{digest.short}" if chosen in taken else chosen
 
 
 def _name_of_place(url: str) -> str:
@@ -192,16 +190,16 @@ def base_of_adapter(
     """
     if not adapter.base_name:
         raise UnknownBase("(the files do not name one)")
-    with workspace.reading() as catalog:
-        known = {base.name: base for base in catalog.bases.all()}
     for place in _places(adapter.base_name, near, workspace.settings.hub_cache):
         try:
             return add_base(workspace, str(place), arch_version=arch_version, progress=progress).base
         except (NotACheckpoint, PathNotFound):
             continue
-    if adapter.base_name in known:
-        return known[adapter.base_name]
-    raise UnknownBase(adapter.base_name, sorted(known))
+    with workspace.reading() as catalog:
+        names = catalog.bases.names()
+        if adapter.base_name in names:
+            return catalog.bases.find(adapter.base_name)
+    raise UnknownBase(adapter.base_name, names)
 
 
 def _places(name: str, near: str, hub_cache: Path) -> Iterator[Path]:
@@ -254,10 +252,10 @@ def current_base(
         files = head.files(location)
         if files == base.files:
             return base, ()
-        found = _describe(workspace.cache, location, head, progress)
-    if found.fingerprint != base.fingerprint:
+        fingerprint = _fingerprint(workspace.cache, location, head, progress)
+    if fingerprint != base.fingerprint:
         return base, tuple(sorted({file.path for file in {*files} ^ {*base.files}}))
-    moved = replace(base, files=found.files, tensors=found.tensors, config=found.config)
+    moved = replace(base, files=files, tensors=head.tensors, config=head.config)
     with workspace.writing() as change:
         change.catalog.bases.update(moved, stored_entries(moved))
     return moved, ()
@@ -272,13 +270,8 @@ def verify_base(workspace: Workspace, base: BaseModel, progress: Progress = sile
     """
     nowhere = DigestCache(Path(os.devnull))
     with closing(open_base(workspace, base)) as location:
-        found = _describe(
-            nowhere,
-            location,
-            read_base(location),
-            lambda what, done, total: progress("verifying the base model", done, total),
-        )
-    before, after = base.fingerprint.tensors, found.fingerprint.tensors
+        found = _fingerprint(nowhere, location, read_base(location), progress, "verifying the base model")
+    before, after = base.fingerprint.tensors, found.tensors
     return Verification(
         base=base,
         tensors=len(before),

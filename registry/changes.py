@@ -39,13 +39,6 @@ class LowRank:
     row: int = 0
     transposed: bool = False
 
-    @property
-    def rows(self) -> tuple[int, int]:
-        """First and one past the last row of the stored weight that are touched."""
-        if self.transposed:
-            return 0, self.a.tensor.spec.shape[1]
-        return self.row, self.row + self.b.count
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
@@ -59,13 +52,6 @@ class Change:
     source: StoredTensor | None = None
     replacement: StoredTensor | None = None
     deltas: tuple[LowRank, ...] = ()
-
-    @property
-    def origin(self) -> StoredTensor:
-        """The tensor that the value starts from."""
-        origin = self.replacement or self.source
-        assert origin is not None  # noqa: S101 - every change starts from something; formats build no other
-        return origin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,19 +8,8 @@ from dataclasses import dataclass
 from registry.changes import Resolution
 from registry.formats import Adapter, resolve
 from registry.manifest import BaseModel, Checkpoint, Finding, Level, Report
-from registry.refs import Digest
 
 _LISTED = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trained:
-    """What was recorded about the base a checkpoint was trained on; None where nothing is recorded yet (at registration)."""
-
-    base: Digest
-    base_name: str
-    architecture: Digest
-    arch_version: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +28,7 @@ class Facts:
 
 
 def check(
-    label: str, adapter: Adapter, base: BaseModel, resolution: Resolution, *, trained: Trained | None, facts: Facts
+    label: str, adapter: Adapter, base: BaseModel, resolution: Resolution, *, trained: Checkpoint | None, facts: Facts
 ) -> Report:
     """Compare an adapter with a base model.
 
@@ -48,7 +37,7 @@ def check(
         adapter: what its files say.
         base: the base model to compare with.
         resolution: the adapter's tensors matched with this very base.
-        trained: what was recorded when it was registered.
+        trained: the checkpoint, which says what base it was trained on; None while it is not registered yet.
         facts: what only reading can tell.
     """
     findings = [
@@ -67,20 +56,14 @@ def check(
 def compare(checkpoint: Checkpoint, adapter: Adapter, base: BaseModel, facts: Facts) -> tuple[Resolution, Report]:
     """Match a registered checkpoint with a base model and check it. `adapter` is what its files say."""
     resolution = resolve(adapter, base)
-    trained = Trained(
-        base=checkpoint.base,
-        base_name=checkpoint.base_name,
-        architecture=checkpoint.architecture,
-        arch_version=checkpoint.arch_version,
-    )
-    return resolution, check(checkpoint.ref, adapter, base, resolution, trained=trained, facts=facts)
+    return resolution, check(checkpoint.ref, adapter, base, resolution, trained=checkpoint, facts=facts)
 
 
 def _passed(code: str, where: str, found: str) -> Finding:
     return Finding(code=code, level=Level.PASS, where=where, found=found)
 
 
-def _identity(base: BaseModel, trained: Trained) -> Iterator[Finding]:
+def _identity(base: BaseModel, trained: Checkpoint) -> Iterator[Finding]:
     if trained.base == base.digest:
         yield _passed("base_weights", base.name, f"{base.digest.short}, as recorded")
     else:

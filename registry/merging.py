@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from blake3 import blake3
-
 from registry.base_models import open_base
 from registry.errors import Changed, DamagedBlob, NotFound, PathNotFound, Refused, UnreadableFile
 from registry.examining import Examined
@@ -31,13 +29,10 @@ from registry.manifest import (
 )
 from registry.merge.journal import Journal
 from registry.merge.plan import PROVENANCE_FILE, Inputs, Plan, make_plan
-from registry.merge.sinks import Sink, open_sink
-from registry.refs import Digest
+from registry.merge.sinks import Sink, digest_of_stream, open_sink
 from registry.store import StoredFolder
 from registry.tensors import DType, SafetensorsHeader, read_safetensors_header
 from registry.workspace import Progress, Workspace, silent
-
-_BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,22 +177,16 @@ def _published(workspace: Workspace, plan: Plan, place: str, journal: Journal) -
         if not all(finished) or said.get("recipe_digest") != str(plan.recipe.digest):
             return None
         blob = workspace.store.put_file(location, PROVENANCE_FILE)
-        files = [_entry(location, path) for path in said["files"]]
+        sizes, files = location.files(), []
+        for path in said["files"]:
+            with location.open(path) as stream:
+                files.append(FileEntry(path=path, size_bytes=sizes[path], digest=digest_of_stream(stream)))
     except (NotFound, UnreadableFile, KeyError, TypeError):
         return None
     found = {each.path: each.digest for each in files}
     if any(found.get(entry.path) != entry.digest for entry, _ in filter(None, finished)):
         return None
     return (*files, FileEntry(path=PROVENANCE_FILE, size_bytes=blob.size_bytes, digest=blob.digest))
-
-
-def _entry(location: Location, path: str) -> FileEntry:
-    hasher, size_bytes = blake3(), 0
-    with location.open(path) as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            hasher.update(block)
-            size_bytes += len(block)
-    return FileEntry(path=path, size_bytes=size_bytes, digest=Digest(hasher.hexdigest()))
 
 
 def _last_file(

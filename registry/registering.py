@@ -141,7 +141,7 @@ def _register_one(
     said: Registration,
     advance: Callable[[int], None],
 ) -> Registered:
-    entries = _store_files(workspace, found, advance)
+    entries = workspace.store_files(found.location, found.adapter.files, advance)
     manifest = _manifest(found.adapter, entries)
     _check_unchanged(workspace, found, entries)
     with workspace.writing() as change:
@@ -164,15 +164,6 @@ def _register_one(
             **nothing_but({"source": added.source}),
         )
     return Registered(checkpoint=added, created=True, report=report, left_out=found.left_out)
-
-
-def _store_files(workspace: Workspace, found: Found, advance: Callable[[int], None]) -> tuple[FileEntry, ...]:
-    entries = []
-    for path in found.adapter.files:
-        blob = workspace.store.put_file(found.location, path)
-        entries.append(FileEntry(path=path, size_bytes=blob.size_bytes, digest=blob.digest, sha256=blob.sha256))
-        advance(blob.size_bytes)
-    return tuple(entries)
 
 
 def _check_unchanged(workspace: Workspace, found: Found, entries: Sequence[FileEntry]) -> None:

@@ -84,6 +84,22 @@ class Workspace:
         """A checkpoint's files, as a folder."""
         return StoredFolder(self.store, checkpoint.manifest.files, checkpoint.digest.hex)
 
+    def store_files(
+        self, location: Location, paths: Iterable[str], advance: Callable[[int], None] = lambda done_bytes: None
+    ) -> tuple[FileEntry, ...]:
+        """Put files of a folder into the store, with both digests. Nobody refers to them yet.
+
+        Raises:
+            Changed: a file changed while it was read.
+            PathNotFound: a file is not there.
+        """
+        entries = []
+        for path in paths:
+            blob = self.store.put_file(location, path)
+            entries.append(FileEntry(path=path, size_bytes=blob.size_bytes, digest=blob.digest, sha256=blob.sha256))
+            advance(blob.size_bytes)
+        return tuple(entries)
+
     def check_stored(self, entries: Iterable[FileEntry]) -> None:
         """See, within a write transaction, that blobs about to be recorded are there: the sweep deletes only while it holds one itself.
 

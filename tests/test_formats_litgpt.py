@@ -142,7 +142,7 @@ def test_the_two_row_orders_are_not_mixed(bench: Bench, name: str, base: Path) -
 
 
 def rows(change: Change) -> list[tuple[int, int]]:
-    return [delta.rows for delta in change.deltas]
+    return [(delta.row, delta.row + delta.b.count) for delta in change.deltas]
 
 
 def test_the_rows_that_each_layout_changes(bench: Bench) -> None:

@@ -28,6 +28,10 @@ class Bases:
         """Every base model, by name."""
         return sorted(self._load(), key=lambda base: base.name)
 
+    def names(self) -> list[str]:
+        """Every base model's name, sorted; their tables of tensors are not read for that."""
+        return sorted(self._session.scalars(select(BaseRow.name)))
+
     def find(self, text: str) -> BaseModel:
         """A base model by its name, its weights' digest, or a prefix of that (at least 6 hex digits).
 
@@ -39,7 +43,7 @@ class Bases:
         if not found and (prefix := digest_prefix(text)):
             found = self._load(starts_with(BaseRow.weights, prefix))
         if not found:
-            raise UnknownBase(text, near(text, self._session.scalars(select(BaseRow.name))))
+            raise UnknownBase(text, near(text, self.names()))
         if len(found) > 1:
             raise Ambiguous(text, sorted(f"{base.name} {base.digest.short}" for base in found))
         return found[0]

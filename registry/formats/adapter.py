@@ -14,7 +14,9 @@ from registry.manifest import Format, Metric
 from registry.tensors import MAX_HEADER_BYTES, DType, StoredTensor, TensorSpec, read_safetensors_header
 
 MAX_CONFIG_BYTES = 16 << 20
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
+# Any of these makes a tokenizer; its configuration alone does not.
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

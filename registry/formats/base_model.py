@@ -53,7 +53,8 @@ def read_base(location: Location) -> BaseHead:
     files = location.files()
     if LITGPT_WEIGHTS in files and "model_config.yaml" in files:
         return _read_litgpt(location, files)
-    weights = _safetensors_files(location, files)
+    weight_map = _weight_map(location, files)
+    weights = tuple(sorted(set(weight_map.values()))) or _files_without_index(files)
     if not weights:
         raise NotACheckpoint(location.url, _why_not_a_base(files))
     if "config.json" not in files:
@@ -66,7 +67,9 @@ def read_base(location: Location) -> BaseHead:
             if tensor.spec.name in tensors:
                 raise CorruptFile(path, f"{tensor.spec.name} is in {tensors[tensor.spec.name].file} too")
             tensors[tensor.spec.name] = tensor
-    _check_index(location, files, tensors)
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].file != file:
+            raise CorruptFile(INDEX_FILE, f"says that {name} is in {file}, but it is not")
     return BaseHead(
         format=BaseFormat.SAFETENSORS,
         config=read_json(location, "config.json"),
@@ -92,9 +95,7 @@ def _read_litgpt(location: Location, files: Mapping[str, int]) -> BaseHead:
     )
 
 
-def _safetensors_files(location: Location, files: Mapping[str, int]) -> tuple[str, ...]:
-    if INDEX_FILE in files:
-        return tuple(sorted(set(_weight_map(location).values())))
+def _files_without_index(files: Mapping[str, int]) -> tuple[str, ...]:
     if "model.safetensors" in files:
         return ("model.safetensors",)
     return tuple(
@@ -104,25 +105,20 @@ def _safetensors_files(location: Location, files: Mapping[str, int]) -> tuple[st
     )
 
 
-def _weight_map(location: Location) -> dict[str, str]:
+def _weight_map(location: Location, files: Mapping[str, int]) -> dict[str, str]:
+    """Which file holds each tensor, by the index; empty without one."""
+    if INDEX_FILE not in files:
+        return {}
     found = read_json(location, INDEX_FILE).get("weight_map")
     if not isinstance(found, dict) or not found:
         raise CorruptFile(INDEX_FILE, "no weight_map in it")
     for name, file in found.items():
         if not isinstance(file, str) or "/" in file or "\\" in file or file.startswith("."):
             raise CorruptFile(INDEX_FILE, f"{name} points outside the folder: {file!r}")
-    missing = set(found.values()) - set(location.files())
+    missing = set(found.values()) - set(files)
     if missing:
         raise CorruptFile(INDEX_FILE, f"names {sorted(missing)[0]}, which is not there: an incomplete download?")
     return found
-
-
-def _check_index(location: Location, files: Mapping[str, int], tensors: Mapping[str, StoredTensor]) -> None:
-    if INDEX_FILE not in files:
-        return
-    for name, file in _weight_map(location).items():
-        if name not in tensors or tensors[name].file != file:
-            raise CorruptFile(INDEX_FILE, f"says that {name} is in {file}, but it is not")
 
 
 def _sidecars(files: Mapping[str, int]) -> tuple[str, ...]:

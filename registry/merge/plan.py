@@ -12,6 +12,7 @@ from typing import Any
 
 from registry.changes import Change, Resolution
 from registry.errors import InvalidRecipe
+from registry.formats.adapter import TOKENIZER_FILES, VOCABULARY_FILES
 from registry.formats.base_model import INDEX_FILE, LITGPT_WEIGHTS, TEMPLATE_FOLDER
 from registry.formats.peft import own_files
 from registry.manifest import BaseFormat, BaseModel, Recipe
@@ -25,8 +26,8 @@ _RUNTIME_BYTES = 290 << 20
 _THREAD_BYTES = 12 << 20
 
 _TOKENIZER_FILES = frozenset({
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model",
+    *TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "vocab.txt", "merges.txt", "sentencepiece.bpe.model",
+    "tiktoken.model",
 })  # fmt: skip
 _CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 # What an adapter's folder may override besides its tokenizer.
@@ -165,15 +166,11 @@ def make_plan(inputs: Inputs) -> Plan:
     changes = {change.target.name: change for change in inputs.resolution.changes}
     placed = _place(inputs.base, changes, dtype)
     if inputs.base.format is BaseFormat.LITGPT:
-        files = [_litgpt_file(placed[LITGPT_WEIGHTS])]
+        files: tuple[OutputFile, ...] = (_litgpt_file(placed[LITGPT_WEIGHTS]),)
     else:
-        files = [_safetensors_file(inputs, path, segments) for path, segments in placed.items()]
-    return Plan(
-        recipe=inputs.recipe,
-        base=inputs.base,
-        files=_named_to_load(files),
-        sidecars=tuple(_sidecars(inputs, _named_to_load(files))),
-    )
+        files = _named_to_load([_safetensors_file(inputs, path, segments) for path, segments in placed.items()])
+    sidecars = tuple(_sidecars(inputs, files))
+    return Plan(recipe=inputs.recipe, base=inputs.base, files=files, sidecars=sidecars)
 
 
 def _place(base: BaseModel, changes: Mapping[str, Change], dtype: DType | None) -> dict[str, list[Copy | Compute]]:
@@ -236,7 +233,7 @@ def _shared_storage(segments: Sequence[Copy | Compute]) -> dict[str, str]:
 
 def _named_to_load(files: Sequence[OutputFile]) -> tuple[OutputFile, ...]:
     """A single safetensors file under another name gets the name that libraries look for."""
-    if len(files) != 1 or files[0].layout is not None:
+    if len(files) != 1:
         return tuple(files)
     only = files[0]
     return (OutputFile(path="model.safetensors", size_bytes=only.size_bytes, segments=only.segments),)
@@ -245,7 +242,7 @@ def _named_to_load(files: Sequence[OutputFile]) -> tuple[OutputFile, ...]:
 def _sidecars(inputs: Inputs, files: Sequence[OutputFile]) -> Iterator[Sidecar]:
     weights = {tensor.file for tensor in inputs.base.tensors}
     own = [path for path in own_files(dict.fromkeys(inputs.adapter_files, 0)) if _may_come_from_adapter(path)]
-    has_tokenizer = bool({"tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model"} & set(own))
+    has_tokenizer = not set(VOCABULARY_FILES).isdisjoint(own)
     has_template = "chat_template" in inputs.adapter_tokenizer_config or any(map(_is_template, own))
     made = _config_files(inputs)
     inline = inputs.base_tokenizer_config.get("chat_template")

@@ -148,7 +148,7 @@ class FolderSink:
     def holds(self, entry: FileEntry) -> bool:
         path = self._partial / entry.path
         with Translating(self.url), suppress(FileNotFoundError), path.open("rb", buffering=0) as file:
-            if os.fstat(file.fileno()).st_size == entry.size_bytes and _digest(file) == entry.digest:
+            if os.fstat(file.fileno()).st_size == entry.size_bytes and digest_of_stream(file) == entry.digest:
                 self._files.add(path)
                 return True
         return False
@@ -244,7 +244,7 @@ class RemoteSink:
         with Translating(self._url), suppress(FileNotFoundError):
             if int(self._system.info(path)["size"]) == entry.size_bytes:
                 with self._system.open(path, "rb", block_size=4 * BLOCK_BYTES) as file:
-                    if _digest(file) == entry.digest:
+                    if digest_of_stream(file) == entry.digest:
                         self._files.add(path)
                         return True
         return False
@@ -292,7 +292,8 @@ class _RemoteWriter:
                 self._system.rm_file(self._target)
 
 
-def _digest(file: IO[bytes]) -> Digest:
+def digest_of_stream(file: IO[bytes]) -> Digest:
+    """BLAKE3 of the rest of a file, in blocks."""
     hasher, buffer = blake3(), memoryview(bytearray(BLOCK_BYTES))
     while count := cast("Any", file).readinto(buffer):
         hasher.update(buffer[:count])
