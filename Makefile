@@ -20,7 +20,7 @@ lint: $(VENV)/.developing
 
 bench: $(VENV)/.developing
 	$(BIN)/python benchmarks/startup.py
-	$(BIN)/python benchmarks/merge.py
+	$(BIN)/python benchmarks/performance.py
 
 docs: $(VENV)/.developing
 	$(BIN)/python docs/make_cli.py
@@ -30,7 +30,7 @@ $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade pip
 
-$(VENV)/.installed: $(VENV)/bin/pip pyproject.toml constraints.txt
+$(VENV)/.installed: $(VENV)/bin/pip pyproject.toml constraints.txt hatch_build.py registry/merge/kernel.c registry/merge/kernel_loops.h
 	$(PIP) install --quiet -c constraints.txt -e .
 	touch $@
 

@@ -18,7 +18,7 @@ from registry.errors import Refused
 
 _INTERRUPTED = 130
 _EPILOG = (
-    "A checkpoint is asked for as name (the newest), name@v3, name@alias, name@production, name@step:500, name@best:eval_loss, "
+    "A checkpoint is asked for as name (the newest), name@v3, name@alias, name@production, name@step:500, name@run:3, name@best:eval_loss, "
     "or by 6 and more digits of its digest. Data goes to stdout, talk to stderr. "
     "Environment: CKPT_HOME, CKPT_DATABASE_URL, CKPT_STORE, CKPT_USER."
 )
@@ -31,6 +31,10 @@ COMMANDS = (
     ("show", "cli.choose:show", "Choose"),
     ("check", "cli.merge:check", "Check and merge"),
     ("merge", "cli.merge:merge", "Check and merge"),
+    ("combine", "cli.combine:combine", "Check and merge"),
+    ("sweep", "cli.combine:sweep", "Check and merge"),
+    ("extract", "cli.convert:extract", "Check and merge"),
+    ("convert", "cli.convert:convert", "Check and merge"),
     ("pull", "cli.merge:pull", "Check and merge"),
     ("ship", "cli.ship:ship", "Ship"),
     ("shipped", "cli.ship:shipped", "Ship"),

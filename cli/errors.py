@@ -39,7 +39,9 @@ def _invalid(error: errors.InvalidInput) -> tuple[str, str]:
 
 
 def _reference(error: errors.InvalidReference) -> tuple[str, str]:
-    forms = "name, name@v3, name@alias, name@step:500, name@best:eval_loss, or 6 and more digits of a digest"
+    forms = (
+        "name, name@v3, name@alias, name@step:500, name@run:3, name@best:eval_loss, or 6 and more digits of a digest"
+    )
     return f"{error.value!r} is not a reference: {error.reason}", f"write {forms}"
 
 
@@ -139,6 +141,11 @@ def _refused(error: errors.Refused) -> tuple[str, str]:
     return f"{error.report.checkpoint} {verb} {error.report.base}", "every finding is above"
 
 
+def _not_convertible(error: errors.NotConvertible) -> tuple[str, str]:
+    shown = [*error.reasons[:8], *(f"and {len(error.reasons) - 8} more" for _ in error.reasons[8:9])]
+    return f"{error.subject} cannot be written as {error.target}\n  " + "\n  ".join(shown), "nothing was written"
+
+
 def _changed(error: errors.Changed) -> tuple[str, str]:
     return f"{error.subject} is not what was recorded: expected {error.expected}, found {error.found}", ""
 
@@ -200,6 +207,7 @@ _TABLE: Mapping[type, tuple[int, _Explain]] = {
     errors.UnknownEnvironment: (3, _unknown_environment),
     errors.Ambiguous: (3, _ambiguous),
     errors.Refused: (4, _refused),
+    errors.NotConvertible: (4, _not_convertible),
     errors.NothingMerged: (4, _nothing),
     errors.NotFinite: (4, _not_finite),
     errors.Conflict: (5, _occupied),

@@ -8,15 +8,31 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli import output, views
-from cli.options import Json, Note, Ref, Subject, flag
+from cli import output, parse, views
+from cli.options import (
+    Between,
+    Density,
+    Epsilon,
+    Gamma,
+    Json,
+    Lambda,
+    Method,
+    Note,
+    Ref,
+    Refs,
+    Seed,
+    Subject,
+    T,
+    Weights,
+    flag,
+)
 from registry import connect
 from registry.errors import InvalidRecipe
 from registry.manifest import Level, to_json
 from registry.tensors import DType
 
 if TYPE_CHECKING:
-    from registry.service import Planned
+    from registry.merging import Planned
 
 _REFUSED = 4
 
@@ -43,26 +59,52 @@ def check(
 
 
 def merge(
-    ref: Ref,
+    refs: Refs = None,
+    method: Method = "",
+    weights: Weights = "",
+    between: Between = None,
+    t: T = "",
+    lambda_: Lambda = "",
+    density: Density = "",
+    epsilon: Epsilon = "",
+    gamma: Gamma = "",
+    decay: Annotated[str, typer.Option(metavar="D", help="ema: how much of the mean stays at each step.")] = "",
+    seed: Seed = "",
     out: Annotated[
         str | None, typer.Option(metavar="DIR_OR_URL", help="Write the model there. Default: the registry's store.")
     ] = None,
     dtype: Annotated[
         str, typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16. Default: each base tensor's own.")
     ] = "",
+    allow_lossy: Annotated[
+        bool,
+        flag("--allow-lossy", "Merge even what can only be merged in part. What is lost is measured and recorded."),
+    ] = False,
     dry_run: Annotated[bool, flag("--dry-run", "Only show the plan.")] = False,
     note: Note = "",
     json: Json = False,
 ) -> None:
-    """Merge a checkpoint into its base model.
+    """Merge a checkpoint, or several together, into their base model.
 
-    Checked first; nothing is written when it is refused. The result is a complete model folder.
+    Checked first; nothing is written when one is refused. The result is a complete model folder.
 
     In it, merge.json tells what it was made of. The same merge again finds its result; an interrupted one goes on where it was.
+
+    ckpt merge support-bot@best --out ./merged
+
+    ckpt merge math code chat --method ties --weights 1,1,0.5 --density 0.3
+
+    ckpt merge --between math code --t 0.3
     """
+    wanted = parse.mixture(
+        method, weights, t=t, lambda_=lambda_, density=density, epsilon=epsilon, gamma=gamma, decay=decay, seed=seed
+    )
     with connect() as registry:
         with output.progress() as progress:
-            planned = registry.plan(registry.resolve(ref), dtype=_dtype(dtype), progress=progress)
+            inputs = [registry.resolve(ref) for ref in parse.inputs(refs, between)]
+            planned = registry.plan(
+                *inputs, mixture=wanted, dtype=_dtype(dtype), allow_lossy=allow_lossy, progress=progress
+            )
         if dry_run:
             _print_plan(planned, json=json)
             return
@@ -72,6 +114,11 @@ def merge(
         output.print_json(views.merge_json(result))
     else:
         views.print_merge(result)
+    for finding in result.report.findings:
+        if finding.level is Level.WARNING:
+            output.say(
+                f"[yellow]![/yellow] {output.plain(finding.where)}: {output.plain(finding.found)} ({output.plain(finding.advice)})"
+            )
 
 
 def _dtype(text: str) -> DType | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, time, timedelta
@@ -12,6 +13,7 @@ from registry.manifest import Direction, Metric
 
 if TYPE_CHECKING:
     from registry.filters import Filter
+    from registry.mixing import Mixture
 
 _DAY_FORMATS = ("%Y-%m-%d", "%d %B %Y", "%d %b %Y", "%B %d %Y", "%b %d %Y", "%d.%m.%Y")
 _DAY_WITHOUT_YEAR = ("%d %B", "%d %b", "%B %d", "%b %d")
@@ -71,6 +73,48 @@ def direction(*, lower: bool, higher: bool) -> Direction | None:
     if lower and higher:
         raise InvalidInput("--min and --max", "", "only one of them")
     return "lower" if lower else "higher" if higher else None
+
+
+def mixture(method: str, weights: str, **options: str) -> Mixture:
+    """How checkpoints are weighed together. Options that are empty text were not given; `lambda_` is called `lambda`.
+
+    Raises:
+        InvalidInput: not numbers.
+    """
+    from registry.mixing import Mixture  # noqa: PLC0415 - the help need not wait for it
+
+    said = {name.rstrip("_"): number(text, name.rstrip("_")) for name, text in options.items() if text}
+    return Mixture(
+        method=method or ("interpolate" if "t" in said else "linear"),
+        weights=tuple(float(number(text, "weights")) for text in weights.split(",")) if weights else (),
+        options=said,
+    )
+
+
+def inputs(refs: Sequence[str] | None, between: tuple[str, str] | None) -> list[str]:
+    """The checkpoints that are named, one way or the other.
+
+    Raises:
+        InvalidInput: none, or both ways.
+    """
+    if bool(refs) == bool(between):
+        raise InvalidInput("REF", "", "name the checkpoints, or two of them with --between")
+    return list(refs or between or ())
+
+
+def number(text: str, what: str) -> int | float:
+    """A finite number; whole ones are kept whole.
+
+    Raises:
+        InvalidInput: something else.
+    """
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise InvalidInput(what, text, "expected a number")
+    return int(text) if re.fullmatch(r"\s*[+-]?[0-9]+\s*", text) else found
 
 
 def point_in_time(text: str, now: datetime) -> datetime:

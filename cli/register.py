@@ -39,7 +39,8 @@ def register(
 ) -> None:
     """Record an adapter checkpoint, or a whole training run, with its base model's fingerprint.
 
-    Formats are told apart by content: PEFT (with the Trainer's state) and litgpt (LoRA, adapter, adapter v2).
+    Formats are told apart by content: PEFT (with the Trainer's state) and litgpt (LoRA, adapter, adapter v2). A whole model, as a full
+    fine-tune leaves it, is recorded as a base model, under the run's name.
 
     Registering the same content again changes nothing.
     """
@@ -60,9 +61,11 @@ def register(
     if json:
         output.print_json(
             [{**views.checkpoint_json(each.checkpoint), "created": each.created} for each in intake.registered]
+            + [{**views.base_json(each.base, whole=False), "created": each.created} for each in intake.models]
         )
     else:
         _print_intake(intake)
+        _print_models(intake)
     _report_unreadable(intake)
 
 
@@ -77,6 +80,14 @@ def _print_intake(intake: Intake) -> None:
         for finding in each.report.findings:
             if finding.code in ("method_not_mergeable", "option_not_mergeable", "layer_not_mergeable"):
                 output.say(f"recorded, but this version cannot merge it: {finding.found}. {finding.advice}")
+
+
+def _print_models(intake: Intake) -> None:
+    for each in intake.models:
+        what = "recorded" if each.created else "known already:"
+        output.print_line(f"{what} base model {each.base.name}  {each.base.digest}")
+    if intake.models:
+        output.say("not an adapter but a whole model: recorded for adapters to be trained on, see `ckpt base list`")
 
 
 def _report_unreadable(intake: Intake) -> None:

@@ -10,11 +10,23 @@ from rich.text import Text
 
 from cli.errors import explain
 from cli.output import ago, count, number, plain, print_facts, print_heading, print_table, say, size, when
-from registry.manifest import BaseModel, Checkpoint, Finding, Level, Merged, Report, Shipment, TensorRecord, to_json
+from registry.manifest import (
+    BaseModel,
+    Checkpoint,
+    Finding,
+    Level,
+    Merged,
+    Origin,
+    Report,
+    Shipment,
+    TensorRecord,
+    to_json,
+)
 from registry.selection import direction_of
 
 if TYPE_CHECKING:
     from registry.base_models import Verification
+    from registry.combining import Combination
     from registry.merge.plan import Plan
     from registry.merging import MergeResult
     from registry.service import Details
@@ -124,6 +136,40 @@ def print_checkpoint(checkpoint: Checkpoint) -> None:
     print_table(["file", "size", "blake3", "sha256"], files, right=["size"])
 
 
+def combination_json(made: Combination) -> dict[str, Any]:
+    """A combined adapter for programs: the checkpoint, and what is not in its factors."""
+    tensor, share = made.worst
+    return {
+        **checkpoint_json(made.checkpoint),
+        "created": made.created,
+        "recipe": to_json(made.recipe),
+        "lost": made.lost,
+        "worst": {"tensor": tensor, "lost": share} if tensor else None,
+    }
+
+
+def print_combinations(found: Sequence[Combination]) -> None:
+    """New adapters, with what they are made of and what they lost."""
+    rows: list[list[str | Text]] = [
+        [
+            Text(made.checkpoint.ref, style="bold"),
+            "" if made.created else "known already",
+            made.recipe.method,
+            ", ".join(f"{key}={value}" for key, value in made.checkpoint.tags.items()),
+            str(made.rank),
+            size(made.checkpoint.manifest.size_bytes),
+            f"{made.lost:.2%}, at worst {made.worst[1]:.2%} of {made.worst[0]}" if made.lost else "nothing",
+        ]
+        for made in found
+    ]
+    kept = [i for i in range(7) if i in (0, 2, 4, 5, 6) or any(str(row[i]) for row in rows)]
+    columns = ["checkpoint", "", "method", "tags", "rank", "size", "lost"]
+    print_table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows], right=["rank", "size"])
+    for finding in found[0].report.findings if found else ():
+        if finding.level is Level.WARNING:
+            say(f"[yellow]![/yellow] {plain(finding.code)}  {plain(finding.where)}: {plain(_said(finding))}")
+
+
 def print_report(report: Report, *, passed: bool = True) -> None:
     """Every finding of a check, the worst last so that it stays in sight."""
     order = [Level.PASS, Level.WARNING, Level.REFUSED]
@@ -201,12 +247,21 @@ def merged_json(merged: Merged) -> dict[str, Any]:
     return {**to_json(merged), "recipe_digest": str(merged.recipe.digest), "size_bytes": merged.size_bytes}
 
 
+def _ingredients(merged: Merged) -> str:
+    """The checkpoints, with method and weights where there are several, and the base model."""
+    recipe, names = merged.recipe, ", ".join(merged.checkpoints)
+    if len(merged.checkpoints) > 1:
+        said = {"weights": [each.weight for each in recipe.inputs], **recipe.options}
+        names = f"{names} ({recipe.method}: {detail(said)})"
+    return f"{names} and {merged.base_name}"
+
+
 def print_merged(merged: Merged) -> None:
     """A card: what a merged model is made of and where it lies."""
     print_facts(
         {
             "merged model": Text(str(merged.digest), style="bold"),
-            "made of": f"{', '.join(merged.checkpoints)} and {merged.base_name}",
+            "made of": _ingredients(merged),
             "dtype": merged.recipe.dtype.long_name if merged.recipe.dtype else "",
             "places": ", ".join(place or "the store" for place in merged.locations),
             "note": merged.note,
@@ -252,6 +307,7 @@ def details_json(details: Details) -> dict[str, Any]:
         "shipments": to_json(details.shipments),
         "previous": details.previous or None,
         "following": details.following or None,
+        "children": list(details.children),
     }
 
 
@@ -271,6 +327,8 @@ def print_details(details: Details) -> None:
     print_facts(
         {
             "base model": f"{details.base.name} ({details.base.digest.short}), {'in the store' if details.base.in_store else details.base.url}",
+            "made by": _origin(details.checkpoint.origin),
+            "made into": ", ".join(details.children),
             "run": details.checkpoint.run,
             "before it": details.previous,
             "after it": details.following,
@@ -278,6 +336,14 @@ def print_details(details: Details) -> None:
             "shipped to": ", ".join(_shipping(each) for each in details.shipments),
         }
     )
+
+
+def _origin(origin: Origin | None) -> str:
+    if origin is None:
+        return ""
+    parents = f" of {', '.join(origin.parents)}" if origin.parents else ""
+    said = detail({key: value for key, value in origin.detail.items() if key != "inputs"})
+    return f"{origin.action}{parents}{f' ({said})' if said else ''}"
 
 
 def _shipping(shipment: Shipment) -> str:
@@ -375,7 +441,7 @@ def print_merge(result: MergeResult) -> None:
     print_facts(
         {
             "merged model" if result.created else "merged before": Text(str(merged.digest), style="bold"),
-            "made of": f"{', '.join(merged.checkpoints)} and {merged.base_name}",
+            "made of": _ingredients(merged),
             "place": result.location or f"the store: `ckpt pull {merged.digest.short} DIR` brings it anywhere",
             "size": f"{size(merged.size_bytes)} in {len(merged.files)} files",
             "tensors changed": str(len(records)) if records else "",

@@ -30,6 +30,7 @@ a question unless it is on one.
 | `team/support-bot@v12` | a version |
 | `support-bot@candidate` | an alias, or else what is live in an environment of that name |
 | `support-bot@step:500` | the newest checkpoint of that step |
+| `support-bot@run:lr-1e-4` | the newest checkpoint of a run, by its name or number (`@run:3`: the third one registered) |
 | `support-bot@best:eval_loss` | the best by a metric; `@best` alone by the metric that all its checkpoints share |
 | `3f9c2a7` | a digest's first digits, at least 6; merged models are asked for so, too |
 

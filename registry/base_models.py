@@ -12,7 +12,7 @@ from pathlib import Path
 from registry.errors import Changed, Conflict, NotACheckpoint, PathNotFound, UnknownBase
 from registry.fingerprint import DigestCache, architecture_digest, digest_tensors, weights_digest
 from registry.formats import Adapter
-from registry.formats.base_model import BaseHead, read_base
+from registry.formats.base_model import RUN_FOLDER, BaseHead, read_base
 from registry.locations import Location, local_folder, open_location
 from registry.manifest import BaseFile, BaseModel, FileEntry, Fingerprint
 from registry.refs import AdapterName, Digest, nearest_name
@@ -158,7 +158,11 @@ def _free_name(taken: list[str], url: str, digest: Digest) -> str:
 def _name_of_place(url: str) -> str:
     if match := _HUB_SNAPSHOT.search(url):
         return "/".join(part for part in (match["namespace"], match["name"]) if part)
-    return str(nearest_name(url.rstrip("/").rsplit("/", 1)[-1], "base"))
+    parent, _, name = url.rstrip("/").rpartition("/")
+    if RUN_FOLDER.fullmatch(name):  # what many runs call a step says less than which run it is of
+        run = parent.rpartition("/")[2]
+        name = run if name == "final" else f"{run}-{name}"
+    return str(nearest_name(name, "base"))
 
 
 def find_base(workspace: Workspace, text: str, *, arch_version: str = "", progress: Progress = silent) -> BaseModel:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from registry.changes import Resolution
 from registry.formats import Adapter, resolve
+from registry.formats.quantised import base_quantised, said_quantised
 from registry.manifest import BaseModel, Checkpoint, Finding, Level, Report
+from registry.omissions import Omission
 
 _LISTED = 8
 
@@ -16,12 +18,15 @@ _LISTED = 8
 class Facts:
     """What only reading can tell.
 
-    `nonfinite`: adapter tensors with NaN or infinite values; None when their values were not read. `tokens`: one more than the largest token
+    `nonfinite`: adapter tensors with NaN or infinite values; None when their values were not read. `zeros`: those that hold nothing but zeros,
+    likewise. `losses`: in words, by the code of each omission whose loss was measured. `tokens`: one more than the largest token
     id of the adapter's own tokenizer, 0 without one. `changed_files`: files of the base that are no longer what was recorded.
     `merged_before`: the base's own record says that this checkpoint is in it.
     """
 
     nonfinite: Sequence[str] | None = None
+    zeros: frozenset[str] | None = None
+    losses: Mapping[str, str] = field(default_factory=dict)
     tokens: int = 0
     changed_files: Sequence[str] = ()
     merged_before: bool = False
@@ -45,10 +50,11 @@ def check(
         *_changed(base, facts),
         *_merged_before(base, facts),
         *_matching(adapter, resolution),
+        *(_omitted(each, resolution, facts) for each in resolution.omitted),
         *_values(adapter, facts),
         *_vocabulary(base, resolution, facts),
-        *_dtypes(adapter, base),
-        *_quantised(base),
+        *_dtypes(adapter, base, resolution.places),
+        *_quantised(base, resolution),
     ]
     return Report(checkpoint=label, base=base.name, findings=tuple(findings))
 
@@ -118,11 +124,29 @@ def _matching(adapter: Adapter, resolution: Resolution) -> Iterator[Finding]:
             adapter.weights_file,
             f"{len(resolution.changes)} tensors of the base change, no target is missed",
         )
-    elif not refused:
+    elif not refused and not resolution.omitted:
         yield Finding(
             code="nothing_matched", level=Level.REFUSED, where=adapter.weights_file, expected="at least one tensor of the base",
             found="none", fits=False, advice="is this the base model it was trained on?",
         )  # fmt: skip
+
+
+def _omitted(omission: Omission, resolution: Resolution, facts: Facts) -> Finding:
+    """What becomes of something that the changes leave out, as far as its values are known."""
+    finding = omission.finding
+    if facts.zeros is not None and omission.zeros <= facts.zeros:
+        if resolution.changes:
+            return _passed(finding.code, finding.where, "all of them are zero: nothing is left out")
+        return Finding(
+            code="nothing_to_merge", level=Level.REFUSED, where=finding.where, found="an adapter that changes nothing: all its gates are zero",
+            advice="use the base model as it is",
+        )  # fmt: skip
+    if facts.zeros is None and resolution.changes:
+        return replace(
+            finding, level=Level.WARNING, advice="`ckpt check` reads whether they are zero, and what is lost if not"
+        )
+    loss = facts.losses.get(finding.code)
+    return replace(finding, found=f"{finding.found}: {loss}") if loss else finding
 
 
 def _values(adapter: Adapter, facts: Facts) -> Iterator[Finding]:
@@ -160,14 +184,16 @@ def _vocabulary_rows(base: BaseModel, resolution: Resolution) -> int | None:
     return None
 
 
-def _dtypes(adapter: Adapter, base: BaseModel) -> Iterator[Finding]:
+def _dtypes(adapter: Adapter, base: BaseModel, places: frozenset[str]) -> Iterator[Finding]:
     sizes: dict[str, int] = {}
     for tensor in base.tensors:
         sizes[tensor.spec.dtype.long_name] = sizes.get(tensor.spec.dtype.long_name, 0) + tensor.spec.size_bytes
     if not sizes:
         return
     own = max(sizes, key=lambda name: sizes[name])
-    odd = [tensor.spec.name for tensor in adapter.tensors if not tensor.spec.dtype.is_mergeable]
+    odd = [
+        each.spec.name for each in adapter.tensors if not each.spec.dtype.is_mergeable and each.spec.name not in places
+    ]
     for name in odd[:_LISTED]:
         yield Finding(
             code="dtype", level=Level.REFUSED, where=name, expected="16, 32 or 64 bit floats", found="another dtype",
@@ -177,9 +203,7 @@ def _dtypes(adapter: Adapter, base: BaseModel) -> Iterator[Finding]:
         yield _passed("dtype", adapter.weights_file, f"{adapter.dtype} onto {own}; added in float32, rounded once")
 
 
-def _quantised(base: BaseModel) -> Iterator[Finding]:
-    if base.config.get("quantization_config"):
-        yield Finding(
-            code="base_quantised", level=Level.REFUSED, where=base.name, expected="16 or 32 bit weights",
-            found="quantization_config in config.json", advice="merge into the 16-bit base that it was quantised from",
-        )  # fmt: skip
+def _quantised(base: BaseModel, resolution: Resolution) -> Iterator[Finding]:
+    said = said_quantised(base.config)
+    if said and all(finding.code != "base_quantised" for finding in resolution.findings):
+        yield base_quantised(base, said)

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, final
 
-from registry.errors import RegistryError, StorageFailed
+from registry.errors import Conflict, RegistryError, StorageFailed
 
+EARLY_BYTES = 64 << 20
 # The errors of object stores' clients are known by their package: importing those to name the classes would cost every start-up.
 _CLIENTS = frozenset(["botocore", "aiohttp", "gcsfs", "azure"])
 
@@ -37,6 +44,53 @@ def sync(file: IO[bytes]) -> None:
     os.fsync(file.fileno())
 
 
+@final
+class DurableFile:
+    """A new file that is written from start to end. While more is being written, what is there already goes to the disk.
+
+    So the disk works all the time, and little is left for `sync`. An error that the disk reports meanwhile is raised there.
+    """
+
+    def __init__(self, path: Path, mode: str = "wb") -> None:
+        self._file: IO[bytes] = path.open(mode, buffering=0)
+        self._pending_bytes = 0
+        self._early: threading.Thread | None = None
+        self._error: OSError | None = None
+
+    def write(self, data: memoryview) -> None:
+        """Append bytes. They may be reused afterwards."""
+        done = 0
+        while done < len(data):
+            done += self._file.write(data[done:])
+        self._pending_bytes += len(data)
+        if self._pending_bytes >= EARLY_BYTES and (self._early is None or not self._early.is_alive()):
+            self._pending_bytes = 0
+            self._early = threading.Thread(target=self._sync_early, daemon=True)
+            self._early.start()
+
+    def _sync_early(self) -> None:
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._error = error
+
+    def sync(self) -> None:
+        """Make all that was written durable."""
+        self._wait()
+        if self._error is not None:  # the system tells of a failed write-back once
+            raise self._error
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close it. Harmless at any time."""
+        self._wait()
+        self._file.close()
+
+    def _wait(self) -> None:
+        if self._early is not None:
+            self._early.join()
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -52,3 +106,45 @@ def make_folders(folder: Path) -> None:
         make_folders(folder.parent)
         folder.mkdir(exist_ok=True)
         sync_folder(folder.parent)
+
+
+@contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """A folder to write files into, that appears under its name when the block has ended well; else nothing is left of it.
+
+    Args:
+        target: a path that is free, or an empty folder.
+
+    Raises:
+        Conflict: something is there already.
+        StorageFailed: the disk does not take it.
+    """
+    target = Path(os.path.abspath(target))
+    with Translating(str(target)):
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise Conflict(str(target), "something is there already")
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with Translating(str(target)):
+            partial.mkdir(parents=True)
+        yield partial
+        with Translating(str(target)):
+            for folder in [path for path in partial.rglob("*") if path.is_dir()] + [partial]:
+                sync_folder(folder)
+            partial.replace(target)
+            sync_folder(target.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def passing(parent: Path) -> Iterator[Path]:
+    """A folder to write files into, that is gone when the block has ended."""
+    with Translating(str(parent)):
+        make_folders(parent)
+        folder = tempfile.mkdtemp(dir=parent)
+    try:
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

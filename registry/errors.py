@@ -28,6 +28,7 @@ and the exit code or HTTP status are decided at the edge (see `cli/errors.py`).
     ├── Changed                 bytes differ from what was recorded
     │   ├── BaseChanged
     │   └── DamagedBlob
+    ├── NotConvertible          something has no place in the other layout, or did not come back the same
     ├── NothingMerged           the result would be the base itself
     ├── NotFinite               a result overflows, or the base has such a value
     └── StorageFailed           the store or disk does not take the bytes
@@ -248,6 +249,16 @@ class Refused(RegistryError):
     def __init__(self, report: Report) -> None:
         super().__init__(report=report)
         self.report = report
+
+
+class NotConvertible(RegistryError):
+    """What cannot be written in another layout, and every reason. Fields: `subject`, `target`, `reasons`."""
+
+    code = "not_convertible"
+
+    def __init__(self, subject: str, target: str, reasons: Sequence[str]) -> None:
+        super().__init__(subject=subject, target=target, reasons=tuple(reasons))
+        self.subject, self.target, self.reasons = subject, target, tuple(reasons)
 
 
 class Changed(RegistryError):

@@ -9,9 +9,9 @@ from typing import Any
 
 from registry.base_models import current_base, open_base
 from registry.changes import Resolution
-from registry.compatibility import Facts, compare
+from registry.compatibility import Facts, check
 from registry.errors import CorruptFile, UnreadableFile
-from registry.formats import Adapter, read_adapter
+from registry.formats import Adapter, read_adapter, resolve
 from registry.formats.adapter import read_json
 from registry.locations import Location
 from registry.manifest import BaseModel, Checkpoint, Report
@@ -43,20 +43,33 @@ def examine(workspace: Workspace, checkpoint: Checkpoint, base: BaseModel, progr
         PathNotFound: the base is not where it was recorded.
     """
     base, changed = current_base(workspace, base, progress)
-    with closing(workspace.folder_of(checkpoint)) as folder:
+    with closing(workspace.folder_of(checkpoint)) as folder, closing(open_base(workspace, base)) as place:
         adapter = read_adapter(folder)
+        resolution = resolve(adapter, base)
+        values = {tensor.spec.name: _look_at(folder, tensor) for tensor in adapter.tensors}
+        zeros = frozenset(name for name, seen in values.items() if seen.is_zero)
         facts = Facts(
-            nonfinite=[tensor.spec.name for tensor in adapter.tensors if not _is_finite(folder, tensor)],
+            nonfinite=[name for name, seen in values.items() if not seen.is_finite],
+            zeros=zeros,
+            losses={} if changed else _losses(resolution, zeros, place, folder),
             tokens=_token_count(folder),
             changed_files=changed,
-            merged_before=str(checkpoint.digest) in _merged_into(open_base(workspace, base)),
+            merged_before=str(checkpoint.digest) in _merged_into(place),
         )
-    resolution, report = compare(checkpoint, adapter, base, facts)
+    report = check(checkpoint.ref, adapter, base, resolution, trained=checkpoint, facts=facts)
     return Examined(checkpoint=checkpoint, base=base, adapter=adapter, resolution=resolution, report=report)
 
 
-def _is_finite(folder: Location, tensor: StoredTensor) -> bool:
-    """Whether no value has all exponent bits set, which is how infinities and NaN are written."""
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What a look at all values of a tensor tells."""
+
+    is_finite: bool = True
+    is_zero: bool = False
+
+
+def _look_at(folder: Location, tensor: StoredTensor) -> _Seen:
+    """Read a tensor: infinities and NaN have all exponent bits set; zeros have none at all, but perhaps the sign."""
     import numpy as np  # noqa: PLC0415 - 0.12 s that listing and showing need not wait for
 
     words: dict[DType, tuple[Any, int]] = {
@@ -66,15 +79,26 @@ def _is_finite(folder: Location, tensor: StoredTensor) -> bool:
         DType.F64: (np.uint64, 0x7FF0_0000_0000_0000),
     }
     if tensor.spec.dtype not in words:
-        return True
-    word, exponent = words[tensor.spec.dtype]
+        return _Seen()
+    (word, exponent), is_zero = words[tensor.spec.dtype], True
     for start in range(0, tensor.spec.size_bytes, _BLOCK_BYTES):
         block = bytearray(min(_BLOCK_BYTES, tensor.spec.size_bytes - start))
         folder.read_into(tensor.file, tensor.offset_bytes + start, memoryview(block))
         values = np.frombuffer(block, dtype=word)
         if ((values & word(exponent)) == word(exponent)).any():
-            return False
-    return True
+            return _Seen(is_finite=False)
+        is_zero = is_zero and not (values << word(1)).any()
+    return _Seen(is_zero=is_zero)
+
+
+def _losses(resolution: Resolution, zeros: frozenset[str], base: Location, adapter: Location) -> dict[str, str]:
+    """What is lost by leaving out what is not zero, by the omission's code."""
+    omitted = [each for each in resolution.omitted if not each.zeros <= zeros]
+    if not omitted:
+        return {}
+    from registry.merge.losses import describe_loss  # noqa: PLC0415 - only litgpt's adapters leave something out
+
+    return {each.finding.code: describe_loss(each, base, adapter) for each in omitted}
 
 
 def _token_count(folder: Location) -> int:

@@ -111,12 +111,25 @@ class Note:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """How a checkpoint was made of others, instead of by training.
+
+    `action` is the verb that made it (combine, convert, extract). `parents` are checkpoints as references, in order. `detail` is what else
+    it follows from and what was measured on the way, as plain JSON.
+    """
+
+    action: str
+    parents: tuple[str, ...] = ()
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """One immutable saved state of an adapter.
 
     `base` is the weights fingerprint of the base model it was trained on, `architecture` the architecture fingerprint.
     `arch_version` is the caller's own label for the architecture, empty when none was given. `source` is where it was registered from.
-    Of metrics with one name the last recorded counts; notes are oldest first.
+    Of metrics with one name the last recorded counts; notes are oldest first. `origin` is None for what was trained.
     """
 
     adapter: AdapterName
@@ -137,6 +150,7 @@ class Checkpoint:
     tags: Mapping[str, str] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     environments: tuple[str, ...] = ()
+    origin: Origin | None = None
 
     @property
     def ref(self) -> str:
@@ -262,20 +276,22 @@ class RecipeInput:
 class Recipe:
     """What to merge and how. Its digest names the result: the same recipe gives the same bytes.
 
-    `dtype` is None to keep each base tensor's own. `formula` counts changes of the arithmetic, so that a result of an older one is never
-    taken for a newer one's.
+    `method` and `options` are those of `registry.methods`, with every option that the method has. `dtype` is None to keep each base
+    tensor's own. `formula` counts changes of the arithmetic, so that a result of an older one is never taken for a newer one's.
     """
 
     base: Digest
     inputs: tuple[RecipeInput, ...]
-    method: Literal["linear"] = "linear"
+    method: str = "linear"
+    options: Mapping[str, str | int | float | bool | tuple[int, ...]] = field(default_factory=dict)
     dtype: DType | None = None
-    formula: int = 1
+    formula: int = 2
 
     @property
     def digest(self) -> Digest:
-        """BLAKE3 over the canonical JSON of all fields."""
-        return digest_of(to_json(self))
+        """BLAKE3 over the canonical JSON of all fields; without `options` where there are none, as recipes were before they had any."""
+        fields_ = to_json(self)
+        return digest_of(fields_ if self.options else {key: fields_[key] for key in fields_ if key != "options"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,7 +300,8 @@ class TensorRecord:
 
     `action` is `merged` (delta added), `replaced`, `added` (the base has no such tensor) or `converted` (dtype alone); copied tensors have
     no record. `base_norm`, `delta_norm`: Frobenius norms. `changed`: share of elements that differ from the base's. `lost`: share of the
-    elements that a delta reaches, but that rounding left unchanged.
+    elements that a delta reaches, but that rounding left unchanged. `coefficients`: of each input's delta in the sum, where a method that
+    combines several works them out for each tensor; else none.
     """
 
     name: str
@@ -293,6 +310,7 @@ class TensorRecord:
     delta_norm: float = 0.0
     changed: float = 0.0
     lost: float = 0.0
+    coefficients: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,27 +1,27 @@
-"""Plan the merge of an examined checkpoint and carry it out. Nothing is written when the check refused it."""
+"""Plan the merge of checkpoints that go together and carry it out."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
 from registry.base_models import open_base
-from registry.errors import Changed, DamagedBlob, NotFound, PathNotFound, Refused, UnreadableFile
+from registry.errors import Changed, DamagedBlob, NotFound, PathNotFound, UnreadableFile
 from registry.examining import Examined
 from registry.formats.adapter import read_json
 from registry.locations import Location, local_folder, open_location
 from registry.manifest import (
     BaseFormat,
     BaseModel,
+    Checkpoint,
     FileEntry,
+    Finding,
     Level,
     Merged,
-    Recipe,
-    RecipeInput,
     Report,
     TensorRecord,
     content_digest,
@@ -30,9 +30,10 @@ from registry.manifest import (
 from registry.merge.journal import Journal
 from registry.merge.plan import PROVENANCE_FILE, Inputs, Plan, make_plan
 from registry.merge.sinks import Sink, digest_of_stream, open_sink
+from registry.mixing import Together
 from registry.store import StoredFolder
 from registry.tensors import DType, SafetensorsHeader, read_safetensors_header
-from registry.workspace import Progress, Workspace, silent
+from registry.workspace import Progress, Workspace, nothing_but, silent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,29 +47,44 @@ class MergeResult:
     records: tuple[TensorRecord, ...] = ()
 
 
-def plan_merge(workspace: Workspace, examined: Examined, dtype: DType | None = None) -> Plan:
-    """Resolve the merge of one checkpoint into its base against headers, without torch.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """What a merge would do, before it does anything."""
+
+    together: Together
+    plan: Plan
+
+    @property
+    def examined(self) -> tuple[Examined, ...]:
+        """The inputs, each compared with the base."""
+        return self.together.examined
+
+    @property
+    def report(self) -> Report:
+        """What the check of all inputs found."""
+        return self.together.report
+
+
+def plan_merge(workspace: Workspace, joint: Together, dtype: DType | None = None) -> Planned:
+    """Resolve the merge of checkpoints into their one base against headers, without torch.
 
     Raises:
-        Refused: the check found a reason not to; carries every finding.
         InvalidRecipe: the dtype is not one that weights can have.
     """
-    if examined.report.verdict is Level.REFUSED:
-        raise Refused(examined.report)
-    base, folder = examined.base, workspace.folder_of(examined.checkpoint)
-    recipe = Recipe(base=base.digest, inputs=(RecipeInput(checkpoint=examined.checkpoint.digest),), dtype=dtype)
+    base, leading = joint.base, workspace.folder_of(joint.checkpoints[joint.leading])
     place = open_base(workspace, base)
-    return make_plan(
+    plan = make_plan(
         Inputs(
-            recipe=recipe,
+            recipe=replace(joint.recipe, dtype=dtype),
             base=base,
-            resolution=examined.resolution,
-            adapter_files=tuple(folder.files()),
-            adapter_tokenizer_config=_tokenizer_config(folder),
+            resolution=joint.resolution,
+            adapter_files=tuple(leading.files()),
+            adapter_tokenizer_config=_tokenizer_config(leading),
             base_tokenizer_config=_tokenizer_config(place),
             heads=_heads(place, base),
         )
     )
+    return Planned(together=joint, plan=plan)
 
 
 def _tokenizer_config(folder: Location) -> dict[str, Any]:
@@ -90,8 +106,7 @@ def _heads(location: Location, base: BaseModel) -> dict[str, tuple[bytes, Safete
 
 def merge(
     workspace: Workspace,
-    examined: Examined,
-    plan: Plan,
+    planned: Planned,
     *,
     out: str | None = None,
     note: str = "",
@@ -103,44 +118,46 @@ def merge(
         Changed: the recipe's earlier result had other bytes; nothing is published.
         BaseChanged, NothingMerged, NotFinite, StorageFailed, Conflict, MergeRunning: as `registry.merge.engine.execute`.
     """
+    plan = planned.plan
     with workspace.reading() as catalog:
         known = catalog.merged.find(plan.recipe.digest)
     place = _place(out)
     if known is not None and place in known.locations and _is_there(workspace, known, place):
-        return MergeResult(merged=known, location=place, created=False, report=examined.report)
+        return MergeResult(merged=known, location=place, created=False, report=planned.report)
     sink = open_sink(out, workspace.store)
     with Journal(workspace.settings.home / "merging", plan.recipe.digest, sink.url) as journal:
         if place and (files := _published(workspace, plan, place, journal)):
             records: tuple[TensorRecord, ...] = ()
         else:
-            files, records = _execute(workspace, examined, plan, sink, journal, known=known, progress=progress)
-        merged = _record(workspace, examined, plan, files, sink.url, note)
+            files, records = _execute(workspace, planned, sink, journal, known=known, progress=progress)
+        merged = _record(workspace, planned, files, sink.url, note)
         journal.finish()
-    return MergeResult(merged=merged, location=sink.url, created=True, report=examined.report, records=records)
+    return MergeResult(merged=merged, location=sink.url, created=True, report=planned.report, records=records)
 
 
 def _execute(
     workspace: Workspace,
-    examined: Examined,
-    plan: Plan,
+    planned: Planned,
     sink: Sink,
     journal: Journal,
     *,
     known: Merged | None,
     progress: Progress,
 ) -> tuple[tuple[FileEntry, ...], tuple[TensorRecord, ...]]:
-    from registry.merge.engine import Sources, execute  # noqa: PLC0415 - torch takes a second to import
+    from registry.merge.blocks import Sources  # noqa: PLC0415 - so do numpy's
+    from registry.merge.engine import execute  # noqa: PLC0415
 
+    plan = planned.plan
     with (
         closing(open_base(workspace, plan.base)) as base,
-        closing(workspace.folder_of(examined.checkpoint)) as adapter,
+        closing(planned.together.folder(workspace)) as adapter,
     ):
         outcome = execute(
             plan,
             Sources(base=base, adapter=adapter),
             sink,
             journal,
-            provenance=lambda files, records: _last_file(workspace, examined, plan, files, records, known=known),
+            provenance=lambda files, records: _last_file(workspace, planned, files, records, known=known),
             advance=lambda done: progress("merging", done, plan.size_bytes),
         )
     return outcome.files, outcome.records
@@ -191,8 +208,7 @@ def _published(workspace: Workspace, plan: Plan, place: str, journal: Journal) -
 
 def _last_file(
     workspace: Workspace,
-    examined: Examined,
-    plan: Plan,
+    planned: Planned,
     files: Sequence[FileEntry],
     records: Sequence[TensorRecord],
     *,
@@ -206,7 +222,7 @@ def _last_file(
         Changed: the recipe's earlier result had other bytes.
     """
     if known is None:
-        data = _provenance(examined, plan, files, records)
+        data = _provenance(planned, files, records)
         with workspace.store.create() as writer:
             writer.write(data)
             writer.commit()
@@ -219,9 +235,10 @@ def _last_file(
         return PROVENANCE_FILE, stream.read()
 
 
-def _provenance(examined: Examined, plan: Plan, files: Sequence[FileEntry], records: Sequence[TensorRecord]) -> bytes:
+def _provenance(planned: Planned, files: Sequence[FileEntry], records: Sequence[TensorRecord]) -> bytes:
     """`merge.json`: everything the result follows from, and nothing (time, user, place, names) that it does not."""
-    manifest = examined.checkpoint.manifest
+    plan = planned.plan
+    inputs = zip(planned.examined, plan.recipe.inputs, strict=True)
     document: Mapping[str, Any] = {
         "tool": {"ckpt-registry": version("ckpt-registry"), "torch": version("torch")},
         "recipe": to_json(plan.recipe),
@@ -232,34 +249,55 @@ def _provenance(examined: Examined, plan: Plan, files: Sequence[FileEntry], reco
             "arch_version": plan.base.arch_version,
             "tensors": len(plan.base.tensors),
         },
-        "inputs": [
-            {
-                "digest": str(examined.checkpoint.digest),
-                "format": manifest.format.value,
-                "method": manifest.method,
-                "rank": manifest.rank,
-                "alpha": manifest.alpha,
-                "scaling": manifest.scaling,
-                "base_name": manifest.base_name,
-                "files": {entry.path: {"blake3": entry.digest.hex, "sha256": entry.sha256} for entry in manifest.files},
-            }
+        "inputs": [_input(each.checkpoint, item.weight) for each, item in inputs],
+        "shares": planned.together.shares,
+        "warnings": [
+            _nameless(finding, planned.examined)
+            for finding in planned.report.findings
+            if finding.level is Level.WARNING
         ],
-        "warnings": [to_json(f) for f in examined.report.findings if f.level is Level.WARNING],
         "files": {entry.path: {"blake3": entry.digest.hex, "size_bytes": entry.size_bytes} for entry in files},
         "tensors": {record.name: _without_name(record) for record in records},
     }
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _without_name(record: TensorRecord) -> dict[str, Any]:
-    found: dict[str, Any] = to_json(record)
-    del found["name"]
+def _input(checkpoint: Checkpoint, weight: float) -> dict[str, Any]:
+    manifest = checkpoint.manifest
+    return {
+        "digest": str(checkpoint.digest),
+        "weight": weight,
+        "format": manifest.format.value,
+        "method": manifest.method,
+        "rank": manifest.rank,
+        "alpha": manifest.alpha,
+        "scaling": manifest.scaling,
+        "base_name": manifest.base_name,
+        "files": {entry.path: {"blake3": entry.digest.hex, "sha256": entry.sha256} for entry in manifest.files},
+    }
+
+
+def _nameless(finding: Finding, examined: Sequence[Examined]) -> dict[str, Any]:
+    """A finding with the inputs' digests in place of their names, which are no part of what the result follows from."""
+    found: dict[str, Any] = to_json(finding)
+    for each in sorted((each.checkpoint for each in examined), key=lambda each: -len(each.ref)):
+        found = {
+            key: text.replace(each.ref, each.digest.short) if isinstance(text, str) else text
+            for key, text in found.items()
+        }
     return found
 
 
-def _record(
-    workspace: Workspace, examined: Examined, plan: Plan, files: tuple[FileEntry, ...], url: str, note: str
-) -> Merged:
+def _without_name(record: TensorRecord) -> dict[str, Any]:
+    found: dict[str, Any] = to_json(record)
+    del found["name"]
+    if not record.coefficients:
+        del found["coefficients"]
+    return found
+
+
+def _record(workspace: Workspace, planned: Planned, files: tuple[FileEntry, ...], url: str, note: str) -> Merged:
+    plan, inputs = planned.plan, tuple(each.checkpoint.ref for each in planned.examined)
     with workspace.writing() as change:
         kept = [entry for entry in files if not url or entry.path == PROVENANCE_FILE]
         workspace.check_stored(kept)
@@ -272,7 +310,7 @@ def _record(
                     digest=content_digest(files),
                     recipe=plan.recipe,
                     base_name=plan.base.name,
-                    checkpoints=(examined.checkpoint.ref,),
+                    checkpoints=inputs,
                     files=files,
                     locations=(url,),
                     note=note,
@@ -281,7 +319,9 @@ def _record(
                 ),
                 kept,
             )
-        change.record("merge", examined.checkpoint.ref, merged=merged.digest.hex, location=url or "store")
+        change.record(
+            "merge", inputs[0], **nothing_but({"with": inputs[1:]}), merged=merged.digest.hex, location=url or "store"
+        )
         return merged
 
 

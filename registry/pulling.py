@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from blake3 import blake3
 
-from registry.disk import Translating, sync, sync_folder
-from registry.errors import Changed, Conflict
+from registry.disk import Translating, appearing, sync
+from registry.errors import Changed
 from registry.locations import Location
 from registry.manifest import Checkpoint, FileEntry, Merged
 from registry.merging import merged_folder
@@ -35,22 +32,10 @@ def pull(workspace: Workspace, subject: Checkpoint | Merged, target: Path, progr
         folder, files = merged_folder(workspace, subject), subject.files
     else:
         folder, files = workspace.folder_of(subject), subject.manifest.files
-    target = Path(os.path.abspath(target))
-    with Translating(str(target)):
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise Conflict(str(target), "something is there already")
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     total = sum(entry.size_bytes for entry in files)
-    try:
+    with appearing(target) as partial:
         for entry in files:
             _copy(folder, entry, partial / entry.path, lambda done: progress("pulling", done, total))
-        with Translating(str(target)):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial.replace(target)
-            sync_folder(target.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _copy(folder: Location, entry: FileEntry, target: Path, advance: Callable[[int], None]) -> None:

@@ -6,6 +6,7 @@ Accepted wherever a checkpoint is asked for:
     team/support-bot@v12            a version
     support-bot@candidate           an alias, or an environment (what is live there)
     support-bot@step:500            the newest checkpoint of that step
+    support-bot@run:lr-1e-4         the newest checkpoint of a run, by its name or number (`run:3`: the third one registered)
     support-bot@best:eval_loss      the best by a metric (`@best` alone: the metric that all share)
     3f9c2a7                         a prefix of a digest, at least 6 hex digits
 """
@@ -120,7 +121,7 @@ def check_label(text: str) -> str:
     return text
 
 
-Selector = Literal["newest", "version", "label", "step", "best"]
+Selector = Literal["newest", "version", "label", "step", "run", "best"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +162,7 @@ class CheckpointRef:
             "version": f"@v{self.value}",
             "label": f"@{self.value}",
             "step": f"@step:{self.value}",
+            "run": f"@run:{self.value}",
             "best": f"@best:{self.value}" if self.value else "@best",
         }
         return f"{self.adapter}{shown[self.selector]}"
@@ -180,6 +182,10 @@ def _parse_selector(text: str, whole: str) -> tuple[Selector, str]:
         if not re.fullmatch(r"[0-9]{1,12}", value):
             raise InvalidReference(whole, "@step: needs a number")
         return "step", str(int(value))
+    if kind == "run" and value:
+        return "run", value
     if colon:
-        raise InvalidReference(whole, f"unknown selector {kind!r}; there are vN, step:N, best:METRIC, an alias")
+        raise InvalidReference(
+            whole, f"unknown selector {kind!r}; there are vN, step:N, run:NAME, best:METRIC, an alias"
+        )
     return "label", check_name(text, whole)

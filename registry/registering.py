@@ -6,13 +6,14 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from registry.base_models import base_of_adapter, find_base
+from registry.base_models import AddedBase, add_base, base_of_adapter, find_base
 from registry.compatibility import Facts, check
 from registry.errors import Changed, Conflict, InvalidInput, NotACheckpoint, Refused, UnreadableFile
 from registry.formats import Found, Search, find_checkpoints, read_adapter, resolve
 from registry.formats.adapter import TOKENIZER_FILES, Adapter
+from registry.formats.base_model import places_with_models
 from registry.locations import local_folder, open_location
-from registry.manifest import BaseModel, Checkpoint, FileEntry, Manifest, Metric, Note, Report
+from registry.manifest import BaseModel, Checkpoint, FileEntry, Manifest, Metric, Note, Origin, Report
 from registry.refs import AdapterName, check_name, nearest_name
 from registry.store import StoredFolder
 from registry.workspace import Change, Progress, Workspace, nothing_but, silent
@@ -22,7 +23,8 @@ from registry.workspace import Change, Progress, Workspace, nothing_but, silent
 class Registration:
     """What the caller says about checkpoints; what is left empty, the files have to know.
 
-    `metrics`, `note` and `tags` are recorded beside what the files know. `step` is refused for a run with several checkpoints.
+    `metrics`, `note` and `tags` are recorded beside what the files know. `step` is refused for a run with several checkpoints. Of files that
+    the registry itself made, `origin` tells what of, and `source` is recorded instead of where they lay meanwhile.
     """
 
     adapter: str = ""
@@ -33,6 +35,8 @@ class Registration:
     note: str = ""
     tags: Mapping[str, str] = field(default_factory=dict)
     arch_version: str = ""
+    source: str = ""
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,16 +51,21 @@ class Registered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Intake:
-    """The result of registering a place. `unreadable` are checkpoints of a run that are damaged; the others are registered all the same."""
+    """The result of registering a place. `unreadable` are checkpoints of a run that are damaged; the others are registered all the same.
+
+    `models` are whole models (full fine-tunes) that were there instead of adapters.
+    """
 
     registered: tuple[Registered, ...]
     unreadable: tuple[UnreadableFile, ...]
+    models: tuple[AddedBase, ...] = ()
 
 
 def register(workspace: Workspace, path: str, said: Registration, *, progress: Progress = silent) -> Intake:
     """Register a checkpoint, or every checkpoint of a run in order.
 
-    All are checked before the first is stored. Doing it again changes nothing but adds what is said anew.
+    All are checked before the first is stored. Doing it again changes nothing but adds what is said anew. A whole model, as a full fine-tune
+    leaves it, is recorded as a base model; so are all of a run.
 
     Args:
         path: of a checkpoint's folder, a run's, or the weights file in it; or an fsspec URL.
@@ -67,7 +76,10 @@ def register(workspace: Workspace, path: str, said: Registration, *, progress: P
         Refused: an adapter does not fit its base; carries every finding.
         Conflict: this content is registered already, on another base.
     """
-    search = _search(path)
+    try:
+        search = _search(path)
+    except NotACheckpoint as refusal:
+        return _register_models(workspace, path, said, refusal, progress)
     _check_words(said, len(search.found))
     bases: dict[str, BaseModel] = {}
     checked = [(found, *_match(workspace, found, said, bases, progress)) for found in search.found]
@@ -91,6 +103,41 @@ def _search(path: str) -> Search:
     if not own:
         raise NotACheckpoint(path, "not the weights of a readable checkpoint")
     return Search(found=own)
+
+
+def _register_models(
+    workspace: Workspace, path: str, said: Registration, refusal: NotACheckpoint, progress: Progress
+) -> Intake:
+    """Record the whole models of a place. Their places name them, unless the caller names the only one."""
+    file = local_folder(path)
+    is_file = file is not None and os.path.isfile(file)
+    places = places_with_models(open_location(str(file.parent) if file and is_file else path))
+    if not places or (file and is_file and not file.name.endswith((".pth", ".safetensors"))):
+        raise refusal
+    _check_model_words(said, len(places))
+    added, unreadable = [], []
+    for place in places:
+        try:
+            added.append(
+                add_base(workspace, place, name=said.adapter, arch_version=said.arch_version, progress=progress)
+            )
+        except UnreadableFile as error:
+            unreadable.append(type(error)(f"{place}/{error.path}", error.reason))
+    if not added:
+        raise unreadable[0]
+    return Intake(registered=(), unreadable=tuple(unreadable), models=tuple(added))
+
+
+def _check_model_words(said: Registration, count: int) -> None:
+    """A base model has a name and an architecture version; what else may be said, it has no place for."""
+    for name in ("base", "run", "step", "metrics", "note", "tags"):
+        value = getattr(said, name)
+        if value not in ("", None, (), {}):
+            raise InvalidInput(name, value, "this is a whole model, to be recorded as a base model, which has none")
+    if said.adapter and count > 1:
+        raise InvalidInput(
+            "adapter", said.adapter, f"there are {count} whole models in this run, each with its own name"
+        )
 
 
 def _size_bytes(found: Found) -> int:
@@ -206,12 +253,13 @@ def _checkpoint(change: Change, found: Found, base: BaseModel, manifest: Manifes
         arch_version=said.arch_version or base.arch_version,
         run=said.run or found.run,
         step=said.step if said.step is not None else found.step,
-        source=found.location.url,
+        source=said.source or found.location.url,
         created_at=change.at,
         author=change.author,
         metrics=(*(metric for metric in found.metrics if metric.name not in own), *said.metrics),
         notes=notes,
         tags=said.tags,
+        origin=said.origin,
     )
 
 

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, final
 from registry.errors import (
     Ambiguous,
     InvalidInput,
+    InvalidReference,
     NotFound,
     RegistryError,
+    UnknownBase,
     UnknownCheckpoint,
     UnknownEnvironment,
 )
@@ -37,12 +39,18 @@ from registry.tensors import DType
 from registry.workspace import Progress, Workspace, silent
 
 if TYPE_CHECKING:
+    from decimal import Decimal
+
     from registry.base_models import AddedBase, Verification
+    from registry.combining import Combination, Making
     from registry.examining import Examined
+    from registry.extracting import Extract, Extraction
     from registry.filters import Filter
-    from registry.merge.plan import Plan
-    from registry.merging import MergeResult
+    from registry.merging import MergeResult, Planned
+    from registry.mixing import Mixture
+    from registry.rearranging import Conversion, Wanted
     from registry.registering import Intake, Registration
+    from registry.separating import Separate, Separation
     from registry.sweeping import Swept
 
 
@@ -58,14 +66,7 @@ class Details:
     shipments: tuple[Shipment, ...]
     previous: str
     following: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Planned:
-    """What a merge would do, before it does anything."""
-
-    examined: Examined
-    plan: Plan
+    children: tuple[str, ...]
 
 
 @final
@@ -175,6 +176,7 @@ class Registry:
             merged = catalog.merged.of(checkpoint)
             shipments = [each for each in catalog.shipments.all() if each.checkpoint == checkpoint.ref]
             previous, following = catalog.checkpoints.neighbours(checkpoint)
+            children = catalog.checkpoints.children(checkpoint)
         report, problem = self._glance(checkpoint, base)
         return Details(
             checkpoint=checkpoint,
@@ -185,6 +187,7 @@ class Registry:
             shipments=tuple(shipments),
             previous=previous,
             following=following,
+            children=tuple(children),
         )
 
     def _glance(self, checkpoint: Checkpoint, base: BaseModel) -> tuple[Report | None, RegistryError | None]:
@@ -316,16 +319,73 @@ class Registry:
         found = base_models.find_base(self._workspace, wanted, progress=progress)
         return examining.examine(self._workspace, checkpoint, found, progress)
 
-    def plan(self, checkpoint: Checkpoint, *, dtype: DType | None = None, progress: Progress = silent) -> Planned:
-        """What merging a checkpoint into its base would do.
+    def plan(
+        self,
+        *checkpoints: Checkpoint,
+        mixture: Mixture | None = None,
+        dtype: DType | None = None,
+        allow_lossy: bool = False,
+        progress: Progress = silent,
+    ) -> Planned:
+        """What merging checkpoints into their base would do.
+
+        Args:
+            checkpoints: at least one; all trained on one base model.
+            mixture: how they are weighed together. Default: equal shares.
+            dtype: of the result; None to keep each tensor's own.
+            allow_lossy: merge even what can only be merged in part; the report tells what is lost.
+            progress: told what is read.
 
         Raises:
-            Refused: the check found a reason not to.
+            Refused: a check found a reason not to, or they do not go together.
+            InvalidRecipe: the mixture makes no sense.
         """
-        from registry import merging
+        from registry import merging, mixing
 
-        examined = self.check(checkpoint, progress=progress)
-        return Planned(examined=examined, plan=merging.plan_merge(self._workspace, examined, dtype))
+        mixing.check_bases(checkpoints)
+        examined = [self.check(each, progress=progress) for each in checkpoints]
+        joint = mixing.together(self._workspace, examined, mixture or mixing.Mixture(), allow_lossy=allow_lossy)
+        return merging.plan_merge(self._workspace, joint, dtype)
+
+    def combine(
+        self,
+        *checkpoints: Checkpoint,
+        mixture: Mixture | None = None,
+        rank: int | None = None,
+        making: Making | None = None,
+        progress: Progress = silent,
+    ) -> Combination:
+        """Make a new adapter of several; see `registry.combining.combine`."""
+        from registry import combining, mixing
+
+        mixing.check_bases(checkpoints)
+        examined = [self.check(each, progress=progress) for each in checkpoints]
+        wanted = mixture or mixing.Mixture()
+        return combining.combine(self._workspace, examined, wanted, rank=rank, making=making, progress=progress)
+
+    def candidates(
+        self,
+        *checkpoints: Checkpoint,
+        mixture: Mixture,
+        option: str,
+        values: Sequence[Decimal],
+        rank: int | None = None,
+        making: Making | None = None,
+        progress: Progress = silent,
+    ) -> list[Combination]:
+        """One new adapter for each value of an option; see `registry.combining.candidates`."""
+        from registry import combining, mixing
+
+        mixing.check_bases(checkpoints)
+        examined = [self.check(each, progress=progress) for each in checkpoints]
+        return combining.candidates(
+            self._workspace, examined, mixture, option, values, rank=rank, making=making, progress=progress
+        )
+
+    def trail(self, checkpoint: Checkpoint) -> list[Checkpoint]:
+        """The checkpoints of a run up to one, that one included, by step."""
+        with self._workspace.reading() as catalog:
+            return catalog.checkpoints.trail(checkpoint)
 
     def merge(
         self, planned: Planned, *, out: str | None = None, note: str = "", progress: Progress = silent
@@ -333,7 +393,7 @@ class Registry:
         """Carry out a plan; see `registry.merging.merge`."""
         from registry import merging
 
-        return merging.merge(self._workspace, planned.examined, planned.plan, out=out, note=note, progress=progress)
+        return merging.merge(self._workspace, planned, out=out, note=note, progress=progress)
 
     def merged(self) -> list[Merged]:
         """Every merged model, oldest first."""
@@ -345,6 +405,58 @@ class Registry:
         from registry.pulling import pull
 
         pull(self._workspace, subject, target, progress)
+
+    # -- convert and extract
+
+    def convert(self, text: str, wanted: Wanted, progress: Progress = silent) -> Conversion:
+        """Carry a checkpoint or a model to the other layout; see `registry.converting` and `registry.rearranging`.
+
+        Args:
+            text: a checkpoint, a merged model's digest, a base model's name, or a model's folder.
+            wanted: what to make of it.
+            progress: told of the bytes that are done.
+
+        Raises:
+            NotFound: nothing answers to the text.
+        """
+        from registry import converting, rearranging
+
+        wanted.check()
+        try:
+            subject: Checkpoint | Merged | None = self.subject(text)
+            missing: RegistryError = UnknownBase(text)
+        except (NotFound, InvalidReference) as error:
+            subject, missing = None, error
+        if isinstance(subject, Checkpoint):
+            return converting.convert_adapter(self._workspace, subject, wanted, progress)
+        try:
+            model = rearranging.find_model(self._workspace, text)
+        except UnknownBase:
+            raise missing from None
+        return rearranging.convert_model(self._workspace, model, wanted, progress)
+
+    def extract(self, base: str, tuned: str, wanted: Extract, progress: Progress = silent) -> Extraction:
+        """Make a LoRA of what fine-tuning a whole model changed; see `registry.extracting.extract`.
+
+        Args:
+            base: the base model's name, digest or place.
+            tuned: the fine-tuned model: a base model's name, a merged model's digest, or a folder.
+            wanted: what to make.
+            progress: told of the bytes that are done.
+        """
+        from registry import base_models, extracting, rearranging
+
+        wanted.check()
+        found = base_models.find_base(self._workspace, base, progress=progress)
+        return extracting.extract(
+            self._workspace, found, rearranging.find_model(self._workspace, tuned), wanted, progress
+        )
+
+    def separate(self, wanted: Separate, progress: Progress = silent) -> Separation:
+        """Take an adapter out of files that hold its whole model; see `registry.separating.separate`."""
+        from registry import separating
+
+        return separating.separate(self._workspace, wanted, progress)
 
     # -- ship
 

@@ -27,7 +27,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol, Self, cast, final
 
 from blake3 import blake3
 
-from registry.disk import Translating, make_folders, sync, sync_folder
+from registry.disk import DurableFile, Translating, make_folders, sync_folder
 from registry.errors import Changed, Conflict, CorruptFile, DamagedBlob, PathNotFound, StorageFailed
 from registry.locations import Location, local_folder, open_filesystem
 from registry.manifest import FileEntry, digest_of
@@ -366,7 +366,12 @@ class _Staged:
     """What is being written, and its key."""
 
     key: str
-    stream: IO[bytes]
+    stream: _Stream
+
+
+class _Stream(Protocol):
+    def write(self, data: memoryview, /) -> object: ...
+    def close(self) -> None: ...
 
 
 class _Files(Protocol):
@@ -393,12 +398,12 @@ class _LocalFiles:
     def stage(self) -> _Staged:
         key = f"staging/{secrets.token_hex(16)}"
         make_folders(self._root / "staging")
-        return _Staged(key, (self._root / key).open("xb"))
+        return _Staged(key, DurableFile(self._root / key, "xb"))
 
     def publish(self, staged: _Staged, key: str, size_bytes: int) -> None:
         blob = self._root / key
         if not _holds(self, key, size_bytes):
-            sync(staged.stream)
+            cast("DurableFile", staged.stream).sync()
             make_folders(blob.parent)
             # Another process may have published the same bytes just now; replacing them by themselves harms nobody.
             (self._root / staged.key).replace(blob)

@@ -53,6 +53,11 @@ class DType(StrEnum):
         return self in (DType.F64, DType.F32, DType.F16, DType.BF16)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the elements are whole numbers."""
+        return self.startswith(("I", "U"))
+
+    @property
     def long_name(self) -> str:
         """As torch and the command line call it: `bfloat16`."""
         return _LONG_NAMES.get(self, self.value.lower())

@@ -57,7 +57,7 @@ def is_torch_zip(head: bytes) -> bool:
 def read_torch_zip(stream: IO[bytes], file: str, file_bytes: int) -> TorchArchive:
     """Find every tensor of a torch archive; of the weights themselves nothing is read.
 
-    The mapping under the key `model` is taken where there is one, else the top level. The prefix `_orig_mod.` of compiled models is dropped.
+    Taken is the mapping under the key `model` or `state_dict`, else the top level, without the prefix `_orig_mod.` of compiled models.
 
     Args:
         stream: a binary stream that can seek.
@@ -330,7 +330,7 @@ def _named_views(loaded: object, file: str) -> dict[str, _View]:
     """The tensors of the state by their names, without the prefix of compiled models."""
     if not isinstance(loaded, dict):
         raise CorruptFile(file, "the top level is not a mapping of names to tensors")
-    state = loaded["model"] if isinstance(loaded.get("model"), dict) else loaded
+    state = next((loaded[key] for key in ("model", "state_dict") if isinstance(loaded.get(key), dict)), loaded)
     views: dict[str, _View] = {}
     for key, value in state.items():
         name = key.removeprefix(_COMPILED_PREFIX) if isinstance(key, str) else "(not text)"

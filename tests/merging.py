@@ -13,9 +13,9 @@ from torch import Tensor
 import registry
 from registry.errors import Refused
 from registry.manifest import Checkpoint, Finding, Level
-from registry.merging import MergeResult
+from registry.merging import MergeResult, Planned
 from registry.registering import Registration
-from registry.service import Planned, Registry
+from registry.service import Registry
 from registry.settings import Settings
 from registry.tensors import DType
 

@@ -147,7 +147,7 @@ def test_merging_the_same_checkpoint_twice_is_refused(ckpt: Registry, adapter: P
 
 
 def test_what_fits_but_cannot_be_merged_is_recorded_and_says_so(ckpt: Registry, base: Path, tmp_path: Path) -> None:
-    adapter = tiny.write_adapter(tmp_path / "bot", base=base, config={"peft_type": "IA3"})
+    adapter = tiny.write_adapter(tmp_path / "bot", base=base, config={"peft_type": "PSOFT"})
     assert "method_not_mergeable" in refused(check(ckpt, adapter))
     with pytest.raises(Refused) as caught:
         ckpt.plan(ckpt.resolve("bot"))

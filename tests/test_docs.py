@@ -22,7 +22,14 @@ def test_commands_are_up_to_date() -> None:
 
 
 SECTIONS = {
-    "Checkpoint": (manifest.Checkpoint, manifest.Manifest, manifest.FileEntry, manifest.Metric, manifest.Note),
+    "Checkpoint": (
+        manifest.Checkpoint,
+        manifest.Manifest,
+        manifest.FileEntry,
+        manifest.Metric,
+        manifest.Note,
+        manifest.Origin,
+    ),
     "Report": (manifest.Report, manifest.Finding),
     "Merged model": (manifest.Merged, manifest.Recipe, manifest.RecipeInput, manifest.TensorRecord),
     "Shipment": (manifest.Shipment,),

@@ -23,12 +23,12 @@ from torch import Tensor
 from registry.errors import BaseChanged, Conflict, MergeRunning, NotFinite, NothingMerged, StorageFailed
 from registry.locations import open_location
 from registry.manifest import FileEntry
-from registry.merge.engine import Sources, execute
+from registry.merge.blocks import Sources
+from registry.merge.engine import execute
 from registry.merge.journal import Journal
 from registry.merge.sinks import FolderSink
-from registry.merging import MergeResult
+from registry.merging import MergeResult, Planned
 from registry.registering import Registration
-from registry.service import Planned
 from registry.tensors import DType
 from registry.workspace import Progress, silent
 
@@ -158,6 +158,12 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
+@pytest.fixture
+def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One file is written after the other."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+
+
 CHILD = """
 import os, resource, signal, sys
 import tiny
@@ -166,6 +172,7 @@ from registry.errors import RegistryError
 sys.path.insert(0, {tests!r})
 from test_engine import stop_after
 home, out, *said = sys.argv[1:]
+os.cpu_count = lambda: 1  # one file after the other
 def kill(): os.kill(os.getpid(), signal.SIGKILL)
 def wait():
     print("running", flush=True)
@@ -357,6 +364,7 @@ def whole(make: Make, tmp_path: Path) -> tuple[Workbench, dict[str, str]]:
 Whole = tuple[Workbench, dict[str, str]]
 
 
+@pytest.mark.usefixtures("one_core")
 def test_interrupted_it_goes_on_with_the_next_shard(whole: Whole, tmp_path: Path) -> None:
     (bench, expected), out, partial = whole, tmp_path / "out", tmp_path / "out.partial"
     with pytest.raises(KeyboardInterrupt):
@@ -373,6 +381,18 @@ def test_interrupted_it_goes_on_with_the_next_shard(whole: Whole, tmp_path: Path
     assert list((tmp_path / "home" / "merging").iterdir()) == []
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_interrupted_while_several_files_are_written(whole: Whole, tmp_path: Path, share: float) -> None:
+    (bench, expected), out = whole, tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        bench.merge(out, progress=stop_after(share, interrupt))
+    assert not out.exists()
+    bench.merge(out)
+    assert contents(out) == expected
+    assert list((tmp_path / "home" / "merging").iterdir()) == []
+
+
+@pytest.mark.usefixtures("one_core")
 def test_a_finished_shard_that_was_damaged_is_made_again(whole: Whole, tmp_path: Path) -> None:
     (bench, expected), out = whole, tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):

@@ -1,8 +1,12 @@
-"""litgpt's outputs as its commands leave them (see data/litgpt): what is read from them, and what is refused for merging."""
+"""litgpt's outputs as its commands leave them (see data/litgpt): what is read from them, what they change, and what is refused."""
 
 from __future__ import annotations
 
+import re
 import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,8 +15,8 @@ import yaml
 from merging import Bench
 from torch import Tensor
 
-from registry.changes import Change
-from registry.errors import CorruptFile, NotACheckpoint
+from registry.changes import Change, LowRank
+from registry.errors import CorruptFile, InvalidInput, Refused
 from registry.manifest import Checkpoint, Level
 from registry.registering import Registration
 
@@ -38,9 +42,9 @@ def configure(folder: Path, **fields: object) -> None:
     path.write_text(yaml.safe_dump({key: value for key, value in known.items() if value is not None}))
 
 
-def edit(folder: Path, change: dict[str, Tensor | None]) -> None:
-    """Set tensors of the LoRA file; None takes one away."""
-    path = folder / "lit_model.pth.lora"
+def edit(folder: Path, change: Mapping[str, Tensor | None]) -> None:
+    """Set tensors of the adapter's file; None takes one away."""
+    (path,) = folder.glob("lit_model.pth.*")
     tensors = {**torch.load(path, weights_only=True)["model"], **change}
     torch.save({"model": {name: tensor for name, tensor in tensors.items() if tensor is not None}}, path)
 
@@ -92,30 +96,40 @@ def test_a_hand_written_loop_leaves_no_hyperparameters(bench: Bench) -> None:
     assert found.checkpoint.metrics == ()
 
 
-def test_full_weights_are_a_base_and_no_adapter(bench: Bench) -> None:
-    with pytest.raises(NotACheckpoint):
-        bench.registry.register(str(LLAMA))
-
-
-# -- what is recorded but not merged
+# -- what cannot be merged, or only in part
 
 
 @pytest.mark.parametrize(
-    ("name", "base"),
-    [
-        ("adapter-llama", LLAMA),
-        ("adapter-llama-handtrained", LLAMA),
-        ("adapter_v2-llama", LLAMA),
-        ("adapter_v2-neox", NEOX),
-        ("legacy-adapter-llama", LEGACY),
-        ("legacy-adapter_v2-llama", LEGACY),
-    ],
+    ("name", "base"), [("adapter-llama", LLAMA), ("adapter-llama-handtrained", LLAMA), ("legacy-adapter-llama", LEGACY)]
 )
-def test_other_adapters_are_recorded_and_not_merged(bench: Bench, name: str, base: Path) -> None:
+def test_an_adapter_v1_is_recorded_and_not_merged(bench: Bench, name: str, base: Path) -> None:
+    """Not even in part: without its prefix nothing is left."""
     (finding,) = bench.findings(DATA / name / "final", base).values()
-    assert (finding.code, finding.fits) == ("method_not_mergeable", True)
-    assert finding.found == ("adapter_v2" if "v2" in name else "adapter")
+    assert (finding.code, finding.fits, finding.found) == ("method_not_mergeable", True, "adapter")
     assert "litgpt generate_adapter" in finding.advice
+    with pytest.raises(Refused):
+        bench.registry.plan(bench.register(DATA / name / "final", base), allow_lossy=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "layers"),
+    [("adapter_v2-llama", LLAMA, {2, 3}), ("adapter_v2-neox", NEOX, {2}), ("legacy-adapter_v2-llama", LEGACY, {2, 3})],
+)
+def test_what_the_prefix_of_an_adapter_v2_adds_is_measured(
+    bench: Bench, name: str, base: Path, layers: set[int]
+) -> None:
+    (finding,) = bench.findings(DATA / name / "final", base).values()
+    assert (finding.code, finding.level, finding.fits) == ("gated_prefix", Level.REFUSED, True)
+    assert {int(layer) for layer in re.findall(r"% in layer (\d)", finding.found)} == layers
+
+
+def test_without_reading_its_gates_an_adapter_v2_is_only_doubted(bench: Bench) -> None:
+    checkpoint = bench.register(DATA / "adapter_v2-llama/final", LLAMA)
+    report = bench.registry.details(checkpoint).report
+    assert report is not None
+    doubts = [finding for finding in report.findings if finding.level is not Level.PASS]
+    assert [(doubt.code, doubt.level) for doubt in doubts] == [("gated_prefix", Level.WARNING)]
+    assert "ckpt check" in doubts[0].advice
 
 
 @pytest.mark.parametrize("name", ["adapter-llama", "adapter_v2-llama", "lora-llama-qv"])
@@ -126,39 +140,61 @@ def test_an_adapter_of_another_architecture_is_refused(bench: Bench, name: str) 
 # -- layouts
 
 
-@pytest.mark.parametrize(
-    ("name", "base"),
-    [
-        ("legacy-lora-llama-qv", LLAMA),
-        ("legacy-lora-llama-qkv", LLAMA),
-        ("lora-llama-qv", LEGACY),
-        ("lora-llama-all-bf16", LEGACY),
-        ("legacy-adapter_v2-llama", LLAMA),
-        ("adapter_v2-llama", LEGACY),
-    ],
-)
-def test_the_two_row_orders_are_not_mixed(bench: Bench, name: str, base: Path) -> None:
-    assert "no_base_tensor" in refused(bench, DATA / name / "final", base)
+@pytest.mark.parametrize(("name", "base"), [("legacy-adapter_v2-llama", LLAMA), ("adapter_v2-llama", LEGACY)])
+def test_an_adapter_v2_of_the_other_row_order_is_refused(bench: Bench, name: str, base: Path) -> None:
+    findings = bench.findings(DATA / name / "final", base)
+    assert findings.keys() == {"no_base_tensor", "target_missed"}
+    assert all("row order" in finding.advice for finding in findings.values())
 
 
-def rows(change: Change) -> list[tuple[int, int]]:
-    return [(delta.row, delta.row + delta.b.count) for delta in change.deltas]
+def rows(change: Change) -> list[tuple[int, int, int]]:
+    """First row of the weight and one past the last, and the row of B that the first is made of, for each delta."""
+    deltas = [step for step in change.steps if isinstance(step, LowRank)]
+    return [(step.row, step.row + step.left.rows, step.left.offset // step.left.columns) for step in deltas]
 
 
 def test_the_rows_that_each_layout_changes(bench: Bench) -> None:
     """6 query heads of 8 rows in two groups: [q k v] stacked; or three query heads, a key and a value head, twice."""
     stacked = bench.plan(DATA / "lora-llama-qv/final", LLAMA).plan.computed[0]
-    assert rows(stacked) == [(0, 48), (64, 80)]
+    assert rows(stacked) == [(0, 48, 0), (64, 80, 48)]
     by_group = bench.plan(DATA / "legacy-lora-llama-qv/final", LEGACY).plan.computed[0]
-    assert rows(by_group) == [(0, 24), (40, 64), (32, 40), (72, 80)]
+    assert rows(by_group) == [(0, 24, 0), (40, 64, 24), (32, 40, 48), (72, 80, 56)]
     as_trained = bench.plan(DATA / "legacy-lora-llama-qkv/final", LEGACY).plan.computed[0]
-    assert rows(as_trained) == [(0, 48), (48, 64), (64, 80)]
+    assert rows(as_trained) == [(0, 48, 0), (48, 64, 48), (64, 80, 64)]
+
+
+def test_rows_that_were_stacked_onto_interleaved_ones_are_found_again_in_todays_order(bench: Bench) -> None:
+    """As trained, row block 3 was added to the key head of the first group, which is row block 6 today."""
+    regrouped = bench.plan(DATA / "legacy-lora-llama-qkv/final", LLAMA).plan.computed[0]
+    blocks = {at // 8: row // 8 for at, _, row in rows(regrouped)}
+    assert blocks == {0: 0, 1: 1, 2: 2, 6: 3, 8: 4, 3: 5, 4: 6, 5: 7, 7: 8, 9: 9}
+
+
+def test_parts_of_a_file_from_when_the_row_order_changed_are_refused(bench: Bench, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(DATA / "legacy-lora-llama-qv/final", tmp_path / "old"))
+    (run / "lit_model.pth.lora").rename(run / "lit_model_lora_finetuned.pth")
+    findings = bench.findings(run, LEGACY)
+    assert findings.keys() == {"row_order_unknown"}
+    assert "2024-02-05" in findings["row_order_unknown"].advice
+
+
+def test_one_file_has_one_row_order(bench: Bench, run: Path) -> None:
+    other = "transformer.h.0.attn.attn"
+    edit(run / "final", {f"{other}.lora_A": torch.ones(8, 48), f"{other}.lora_B": torch.ones(64, 4)})
+    assert refused(bench, run / "final", LLAMA) == {"name_collision"}
 
 
 def test_a_peft_base_is_no_litgpt_base(bench: Bench, tmp_path: Path) -> None:
     import tiny
 
     assert refused(bench, DATA / "lora-llama-qv/final", tiny.write_base(tmp_path / "hf")) == {"layout_differs"}
+
+
+def test_a_model_that_litgpt_cannot_train_adapters_for_is_refused(bench: Bench, run: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(LLAMA, tmp_path / "experts"))
+    config = yaml.safe_load((base / "model_config.yaml").read_text())
+    (base / "model_config.yaml").write_text(yaml.safe_dump({**config, "n_shared_expert": 2}))
+    assert refused(bench, run / "final", base) == {"model_not_supported"}
 
 
 # -- spoilt files
@@ -226,3 +262,165 @@ def test_a_file_cut_short_is_corrupt(bench: Bench, run: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CorruptFile):
         bench.registry.register(str(run / "final"), Registration(base=str(LLAMA)))
+
+
+# -- adapters v1 and v2, spoilt
+
+PREFIX = "transformer.h.{}.attn.{}"
+
+
+@pytest.fixture
+def folded(tmp_path: Path) -> Path:
+    """A copy of an Adapter v2 whose gates are zero, so that it can be merged."""
+    folder = Path(shutil.copytree(DATA / "adapter_v2-llama/final", tmp_path / "folded"))
+    edit(folder, {PREFIX.format(layer, "gating_factor"): torch.zeros(1, 1, 6, 1) for layer in (2, 3)})
+    return folder
+
+
+def test_closed_gates_leave_nothing_out(bench: Bench, folded: Path) -> None:
+    assert bench.findings(folded, LLAMA) == {}
+    edit(
+        folded, {PREFIX.format(layer, "gating_factor"): torch.full((1, 6, 1, 1), -0.0) for layer in (2, 3)}
+    )  # as until 2023-08
+    assert bench.findings(folded, LLAMA) == {}
+
+
+def test_an_adapter_v1_with_closed_gates_changes_nothing(bench: Bench, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(DATA / "adapter-llama/final", tmp_path / "closed"))
+    edit(folder, {PREFIX.format(layer, "gating_factor"): torch.zeros(1, 1, 6, 1) for layer in (2, 3)})
+    assert refused(bench, folder, LLAMA) == {"nothing_to_merge"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lm_head.adapter_scale", "lm_head.adapter_bias", f"{QKV}.adapter_scale", "transformer.h.3.mlp.proj.adapter_bias",
+        "transformer.ln_f.weight", "transformer.h.1.norm_2.weight", PREFIX.format(2, "gating_factor"),
+        PREFIX.format(3, "adapter_wte.weight"),
+    ],
+)  # fmt: skip
+def test_an_incomplete_adapter_v2_is_refused(bench: Bench, folded: Path, name: str) -> None:
+    edit(folded, {name: None})
+    assert refused(bench, folded, LLAMA) == {"target_missed"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lm_head.adapter_scale", f"{QKV}.adapter_bias", "transformer.ln_f.weight", PREFIX.format(2, "gating_factor"),
+     PREFIX.format(2, "adapter_wte.weight")],
+)  # fmt: skip
+@pytest.mark.parametrize("shape", [(), (7,), (1, 7), (1, 1, 7, 1)])
+def test_tensors_of_an_adapter_v2_of_another_shape_are_refused(
+    bench: Bench, folded: Path, name: str, shape: tuple[int, ...]
+) -> None:
+    edit(folded, {name: torch.ones(shape)})
+    assert refused(bench, folded, LLAMA) == {"shape_mismatch"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [f"{QKV}.weight", "transformer.wte.weight", "transformer.h.0.attn.norm_q.weight", "transformer.h.9.attn.proj.adapter_scale",
+     PREFIX.format(7, "gating_factor")],
+)  # fmt: skip
+def test_tensors_that_an_adapter_v2_does_not_have_are_refused(bench: Bench, folded: Path, name: str) -> None:
+    edit(folded, {name: torch.ones(48)})
+    assert refused(bench, folded, LLAMA) == {"no_base_tensor"}
+
+
+# -- whole models
+
+
+@pytest.fixture
+def full_run(tmp_path: Path) -> Path:
+    """What `litgpt finetune_full` leaves: wrapped weights; at a step with the optimizer's, whose tensors are the larger part."""
+    weights = torch.load(NEOX / "lit_model.pth", weights_only=True)
+    for number, name in enumerate(("step-000003", "step-000010", "final")):
+        folder = Path(shutil.copytree(NEOX, tmp_path / "support" / name))
+        model = {key: value + number for key, value in weights.items()}
+        moments = {index: {"exp_avg": value} for index, value in enumerate(model.values())}
+        rest = (
+            {}
+            if name == "final"
+            else {"optimizer": {"state": moments, "param_groups": []}, "iter_num": 6, "step_count": 3}
+        )
+        torch.save({"model": model, **rest}, folder / "lit_model.pth")
+    return tmp_path / "support"
+
+
+def test_a_run_of_full_fine_tunes_is_recorded_as_base_models(bench: Bench, full_run: Path) -> None:
+    intake = bench.registry.register(str(full_run))
+    assert intake.registered == ()
+    names = ["support-step-000003", "support-step-000010", "support"]
+    assert [(each.base.name, each.created) for each in intake.models] == [(name, True) for name in names]
+    assert {each.base.parameters for each in intake.models} == {bench.registry.add_base(str(NEOX)).base.parameters}
+    again = bench.registry.register(str(full_run))
+    assert [(each.base.name, each.created) for each in again.models] == [(name, False) for name in names]
+
+
+@pytest.mark.parametrize("place", ["final", "final/lit_model.pth"])
+def test_one_of_them_can_be_named(bench: Bench, full_run: Path, place: str) -> None:
+    (added,) = bench.registry.register(str(full_run / place), Registration(adapter="team/support")).models
+    assert (added.base.name, added.base.url) == ("team/support", str(full_run / "final"))
+
+
+def test_a_whole_model_cut_short_does_not_keep_the_others_out(bench: Bench, full_run: Path) -> None:
+    path = full_run / "step-000010/lit_model.pth"
+    path.write_bytes(path.read_bytes()[:-100])
+    intake = bench.registry.register(str(full_run))
+    assert [each.base.name for each in intake.models] == ["support-step-000003", "support"]
+    assert [error.path for error in intake.unreadable] == [str(path)]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [Registration(base="tiny"), Registration(note="good"), Registration(step=3), Registration(tags={"a": "b"}), Registration(adapter="one")],
+)  # fmt: skip
+def test_what_a_base_model_has_no_place_for_is_refused(bench: Bench, full_run: Path, said: Registration) -> None:
+    with pytest.raises(InvalidInput):
+        bench.registry.register(str(full_run), said)
+    assert bench.registry.bases() == []
+
+
+# -- memory
+
+MEASURED = """
+import resource, sys
+from pathlib import Path
+import registry.merge.engine
+sys.path.insert(0, "tests")
+from merging import Bench
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+home, before = Path(sys.argv[1]), peak()
+Bench(home).merge(home / "adapter", home / "base", home / "out")
+print(peak() - before)
+"""
+
+
+def test_a_merge_of_a_large_file_holds_but_a_few_blocks_of_it(tmp_path: Path) -> None:
+    """A model of 100 MB, every matrix of which is changed, biases are added to, and a fold has as many rows as any."""
+    sizes = {"n_embd": 256, "n_layer": 1, "n_head": 4, "n_query_groups": 4, "head_size": 64, "intermediate_size": 64}
+    config = {**sizes, "padded_vocab_size": 50_000, "bias": False, "lm_head_bias": False}
+    block, random = "transformer.h.0", torch.Generator().manual_seed(1)
+    shapes = {
+        "lm_head": (50_000, 256),
+        f"{block}.attn.qkv": (768, 256),
+        f"{block}.attn.proj": (256, 256),
+        f"{block}.mlp.fc": (64, 256),
+    }
+    weights = {f"{name}.weight": torch.randn(shape, generator=random) for name, shape in shapes.items()}
+    weights["transformer.wte.weight"] = torch.randn(50_000, 256, generator=random)
+    parts = {
+        f"{name}.adapter_{kind}": torch.ones(shape[0]) * 2
+        for name, shape in shapes.items()
+        for kind in ("scale", "bias")
+    }
+    for name, file, tensors in (("base", "lit_model.pth", weights), ("adapter", "lit_model.pth.adapter_v2", parts)):
+        (tmp_path / name).mkdir()
+        torch.save(tensors, tmp_path / name / file)
+        (tmp_path / name / "model_config.yaml").write_text(yaml.safe_dump(config))
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, tmp_path], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert (tmp_path / "out/lit_model.pth").stat().st_size > 100e6
+    assert int(done.stdout) < 64 << 10  # KiB

@@ -71,8 +71,12 @@ def test_a_renamed_key_is_refused_and_so_is_the_module_it_leaves_bare(bench: Ben
 
 
 @pytest.mark.parametrize(
-    "name", [f"{Q0}.lora_C.weight", f"{Q0}.weight", f"{Q0}.bias", "something", f"{Q0}.lora_B.bias", "x.lora_E"]
-)
+    "name",
+    [
+        f"{Q0}.lora_C.weight", f"{Q0}.weight", f"{Q0}.bias", "something", "x.lora_E", "base_model.vera_A", f"{Q0}.lora_diag",
+        f"{Q0}.lora_magnitude_vector", "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", f"{Q0}.m",
+    ],
+)  # fmt: skip
 def test_an_extra_key_is_refused(bench: Bench, adapter: Path, base: Path, name: str) -> None:
     edit(adapter, {name: np.ones((16, 16), np.float32)})
     findings = bench.findings(adapter, base)
@@ -130,11 +134,137 @@ def test_factors_of_different_ranks_are_refused(bench: Bench, adapter: Path, bas
     assert refused(bench.findings(adapter, base)) == {"rank_mismatch"}
 
 
-def test_convolutions_are_recorded_but_not_merged(bench: Bench, adapter: Path, base: Path) -> None:
+def test_factors_of_different_kinds_of_layers_are_refused(bench: Bench, adapter: Path, base: Path) -> None:
     edit(adapter, {f"{Q0}.lora_A.weight": np.ones((4, 16, 1, 1), np.float32)})
+    assert refused(bench.findings(adapter, base)) == {"shape_mismatch"}
+
+
+def test_factors_of_a_convolution_do_not_fit_a_linear_layer(bench: Bench, adapter: Path, base: Path) -> None:
+    edit(
+        adapter,
+        {
+            f"{Q0}.lora_A.weight": np.ones((4, 16, 3), np.float32),
+            f"{Q0}.lora_B.weight": np.ones((16, 4, 1), np.float32),
+        },
+    )
     findings = bench.findings(adapter, base)
-    assert refused(findings) == {"layer_not_mergeable"}
-    assert findings["layer_not_mergeable"].fits
+    assert refused(findings) == {"shape_mismatch"}
+    assert findings["shape_mismatch"].found == "A and B make [16, 16, 3]"
+
+
+# -- what variants add to the factors
+
+
+def add_to_all(adapter: Path, end: str, *shape: int) -> None:
+    """Give every module with factors one more tensor."""
+    modules = {
+        name.removesuffix(".lora_A.weight") for name in tiny.adapter_tensors() if name.endswith(".lora_A.weight")
+    }
+    edit(adapter, {f"{module}.{end}": np.ones(shape, np.float32) for module in modules})
+
+
+@pytest.mark.parametrize("end", ["", ".weight", ".default", ".default.weight"])
+def test_magnitudes_may_have_any_of_their_names(bench: Bench, adapter: Path, base: Path, end: str) -> None:
+    configure(adapter, use_dora=True)
+    add_to_all(adapter, f"lora_magnitude_vector{end}", 16)
+    assert bench.findings(adapter, base) == {}
+
+
+@pytest.mark.parametrize(
+    ("fields", "end", "shape", "code"),
+    [
+        ({"use_dora": True}, "lora_magnitude_vector", (15,), "shape_mismatch"),
+        ({"use_dora": True}, "lora_diag", (4,), "missing_factor"),
+        ({"kasa_config": {"beta": 0.1}}, "lora_diag", (3,), "shape_mismatch"),
+        ({"kasa_config": {"beta": 0.1}}, "lora_magnitude_vector", (16,), "missing_factor"),
+        ({}, "lora_magnitude_vector", (16,), "unused_tensor"),
+        ({}, "lora_diag", (4,), "unused_tensor"),
+        ({}, "lora_B.bias", (16,), "bias_not_mergeable"),  # the base has no biases
+        ({"use_dora": True}, "lora_B.bias", (16,), "missing_factor"),
+        ({"lora_bias": True}, "lora_B.bias", (16,), "bias_not_mergeable"),
+        (
+            {"use_bdlora": {"target_modules_bd_b": ["q_proj"], "nblocks": 3}},
+            "lora_velora_embed",
+            (4,),
+            "shape_mismatch",
+        ),
+        ({"use_bdlora": {"target_modules_bd_b": ["q_proj"], "nblocks": 2}}, "lora_velora_embed", (4,), "rank_mismatch"),
+        (
+            {"use_bdlora": {"target_modules_bd_a": ["q_proj"], "nblocks": 2}},
+            "lora_velora_embed",
+            (4,),
+            "shape_mismatch",
+        ),
+    ],
+    ids=str,
+)
+def test_what_a_variant_adds_must_fit_the_configuration(
+    bench: Bench, adapter: Path, base: Path, fields: dict[str, Any], end: str, shape: tuple[int, ...], code: str
+) -> None:
+    configure(adapter, **fields)
+    add_to_all(adapter, end, *shape)
+    assert refused(bench.findings(adapter, base)) == {code}
+
+
+@pytest.mark.parametrize(
+    "end", ["lora_velora_embed", "lora_monteclora_sampler.std_prior", "lora_monteclora_sampler.default.expert_weights"]
+)
+def test_what_only_training_needs_is_passed_over(bench: Bench, adapter: Path, base: Path, end: str) -> None:
+    add_to_all(adapter, end, 4)
+    assert bench.findings(adapter, base) == {}
+
+
+# -- single rows of embeddings
+
+ROWS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+
+
+@pytest.mark.parametrize(
+    ("indices", "count", "code"),
+    [
+        ([1, 3], 1, "shape_mismatch"),
+        ([1, 1], 2, "shape_mismatch"),
+        ([1, tiny.VOCABULARY], 2, "shape_mismatch"),
+        ({"lm_head": [1, 3]}, 2, "unused_tensor"),
+        ({"embed_tokens": [1, 3], "tokens": [3, 1]}, 2, "unused_tensor"),
+        ({"embed_tokens": [1, 3], "wpe": [0]}, 2, "target_missed"),
+    ],
+)  # fmt: skip
+def test_rows_must_be_those_of_the_configuration(
+    bench: Bench, adapter: Path, base: Path, indices: Any, count: int, code: str
+) -> None:
+    configure(adapter, trainable_token_indices=indices)
+    edit(adapter, {ROWS: np.ones((count, tiny.WIDTH), np.float32)})
+    assert code in refused(bench.findings(adapter, base))
+
+
+def test_rows_that_are_not_in_the_file_are_missed(bench: Bench, adapter: Path, base: Path) -> None:
+    configure(adapter, trainable_token_indices=[1])
+    assert refused(bench.findings(adapter, base)) == {"target_missed"}
+
+
+@pytest.mark.parametrize(
+    "indices", [3, "ab", [True], [-1], [0.5], {"embed_tokens": 3}, {"embed_tokens": ["1"]}], ids=str
+)
+def test_row_numbers_that_are_none_are_corrupt(bench: Bench, adapter: Path, base: Path, indices: Any) -> None:
+    configure(adapter, trainable_token_indices=indices)
+    with pytest.raises(CorruptFile):
+        bench.registry.register(str(adapter), Registration(base=str(base)))
+
+
+def test_rows_of_an_embedding_that_has_factors_too_are_refused(bench: Bench, adapter: Path, base: Path) -> None:
+    configure(adapter, trainable_token_indices=[1], target_modules=["q_proj", "v_proj", "embed_tokens"])
+    edit(
+        adapter,
+        {ROWS: np.ones((1, tiny.WIDTH), np.float32), **factors(EMBEDDING, tiny.WIDTH, tiny.VOCABULARY, embedding=True)},
+    )
+    assert refused(bench.findings(adapter, base)) == {"tokens_unclear"}
+
+
+def test_rows_of_a_tied_embedding_whose_head_has_factors_are_refused(bench: Bench, adapter: Path, tied: Path) -> None:
+    configure(adapter, trainable_token_indices=[1], target_modules=["q_proj", "v_proj", "lm_head"])
+    edit(adapter, {ROWS: np.ones((1, tiny.WIDTH), np.float32), **factors(HEAD, tiny.VOCABULARY, tiny.WIDTH)})
+    assert refused(bench.findings(adapter, tied)) == {"tokens_unclear"}
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -192,16 +322,16 @@ def test_a_tokenizer_with_more_ids_than_rows_is_refused(bench: Bench, adapter: P
 @pytest.mark.parametrize(
     ("fields", "code", "found"),
     [
-        ({"peft_type": "IA3"}, "method_not_mergeable", "ia3"),
-        ({"peft_type": "LOHA"}, "method_not_mergeable", "loha"),
-        ({"use_dora": True}, "method_not_mergeable", "dora"),
         ({"alora_invocation_tokens": [1]}, "method_not_mergeable", "alora_invocation_tokens"),
-        ({"layer_replication": [[0, 2]]}, "option_not_mergeable", "layer_replication"),
-        ({"lora_bias": True}, "option_not_mergeable", "lora_bias"),
-        ({"trainable_token_indices": [1]}, "option_not_mergeable", "trainable_token_indices"),
+        ({"arrow_config": {"top_k": 2}}, "method_not_mergeable", "arrow_config"),
+        ({"use_qalora": True}, "method_not_mergeable", "use_qalora"),
+        ({"megatron_config": {"a": 1}}, "method_not_mergeable", "megatron_config"),
         ({"use_warp": 2}, "option_unknown", "use_warp=2"),
         ({"init_lora_weights": "warp"}, "option_unknown", "init_lora_weights='warp'"),
         ({"init_lora_weights": "pissa_niter_4"}, "initialiser_changes_base", "init_lora_weights='pissa_niter_4'"),
+        ({"init_lora_weights": "loftq"}, "initialiser_changes_base", "init_lora_weights='loftq'"),
+        ({"init_lora_weights": "corda"}, "initialiser_changes_base", "init_lora_weights='corda'"),
+        ({"init_lora_weights": "lora_ga"}, "initialiser_changes_base", "init_lora_weights='lora_ga'"),
         ({"init_lora_weights": "OLoRA"}, "initialiser_changes_base", "init_lora_weights='OLoRA'"),
         ({"rank_pattern": {"a(": 4}}, "pattern_invalid", "rank_pattern: 'a('"),
     ],
@@ -239,7 +369,7 @@ def test_warnings_do_not_stop_a_merge(
     [
         {"r": None}, {"r": 0}, {"lora_alpha": None}, {"lora_alpha": "16"}, {"rank_pattern": ["q_proj"]}, {"rank_pattern": {"q_proj": 0}},
         {"alpha_pattern": {"q_proj": None}}, {"target_modules": 3}, {"target_modules": [1]}, {"modules_to_save": {}, "exclude_modules": 1},
-        {"layers_to_transform": ["0"]},
+        {"layers_to_transform": ["0"]}, {"use_bdlora": True}, {"use_bdlora": {"nblocks": 0}}, {"use_bdlora": {"target_modules_bd_a": 1}},
     ],
     ids=str,
 )  # fmt: skip

@@ -63,10 +63,12 @@ def test_every_part_of_a_recipe_changes_its_digest() -> None:
         replace(recipe, inputs=(two, one)),
         replace(recipe, inputs=(replace(one, weight=0.5), two)),
         replace(recipe, dtype=DType.BF16),
-        replace(recipe, formula=2),
+        replace(recipe, formula=1),
+        replace(recipe, method="ties"),
+        replace(recipe, options={"density": 0.5}),
     ]
     assert recipe.digest == replace(recipe).digest
-    assert len({each.digest for each in [recipe, *others]}) == 6
+    assert len({each.digest for each in [recipe, *others]}) == 8
 
 
 def test_values_become_plain_json() -> None:

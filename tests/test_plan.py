@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from merging import Bench
 from safetensors.numpy import load_file, save_file
 
-from registry.changes import Change, LowRank, Resolution, Rows
+from registry.changes import Change, LowRank, Matrix, Resolution
 from registry.errors import InvalidRecipe
 from registry.manifest import BaseFile, BaseFormat, BaseModel, Fingerprint, Recipe
 from registry.merge.plan import Compute, Copy, Inputs, Plan, make_plan
@@ -102,7 +102,7 @@ def test_a_conversion_to_no_float_is_refused(bench: Bench, adapter: Path, base: 
 def test_a_delta_on_weights_that_are_no_floats_is_refused(bench: Bench, adapter: Path, base: Path) -> None:
     for path in base.glob("*.safetensors"):
         save_file({name: array.astype(np.int8) for name, array in load_file(path).items()}, path, {"format": "pt"})
-    assert bench.findings(adapter, base).keys() == {"base_dtype"}
+    assert bench.findings(adapter, base).keys() == {"base_quantised"}
 
 
 def test_a_single_file_gets_the_name_that_libraries_look_for(bench: Bench, adapter: Path, tmp_path: Path) -> None:
@@ -208,8 +208,8 @@ def changes(draw: st.DrawFn, base: BaseModel) -> list[Change]:
         if kind == "delta" and len(spec.shape) == 2:
             a = StoredTensor(TensorSpec("a", DType.F32, (2, spec.shape[1])), "adapter", 0)
             b = StoredTensor(TensorSpec("b", DType.F32, (spec.shape[0], 2)), "adapter", 0)
-            delta = LowRank(a=Rows.all_of(a), b=Rows.all_of(b), scale=1.0)
-            made.append(Change(target=spec, source=tensor, deltas=(delta,)))
+            delta = LowRank(left=Matrix.of(b), right=Matrix.of(a), scale=1.0)
+            made.append(Change(target=spec, source=tensor, steps=(delta,)))
         elif kind == "grow" and spec.shape:
             shape = (spec.shape[0] + 3, *spec.shape[1:])
             made.append(Change(target=TensorSpec(spec.name, spec.dtype, shape), source=tensor, replacement=stored))
@@ -246,7 +246,7 @@ def expected_specs(given_: Inputs) -> dict[str, TensorSpec]:
 
 
 def spec_of(segment: Copy | Compute) -> TensorSpec:
-    return segment.tensor.spec if isinstance(segment, Copy) else segment.change.target
+    return segment.target
 
 
 def check_segments(given_: Inputs, plan: Plan) -> None:
@@ -268,7 +268,7 @@ def check_grid(segment: Compute) -> None:
     for first, last in segment.blocks():
         assert first == at < last
         at = last
-    assert at * segment.row_elements == segment.change.target.elements
+    assert at * segment.change.shape[1] == segment.target.elements
 
 
 @given(inputs(BaseFormat.SAFETENSORS))

@@ -23,6 +23,7 @@ HEX = st.text("0123456789abcdef", min_size=6, max_size=64)
         ("support-bot@production", CheckpointRef(BOT, "label", "production")),
         ("support-bot@v0", CheckpointRef(BOT, "label", "v0")),
         ("support-bot@step:0500", CheckpointRef(BOT, "step", "500")),
+        ("support-bot@run:lr=1e-4 b", CheckpointRef(BOT, "run", "lr=1e-4 b")),
         ("support-bot@best", CheckpointRef(BOT, "best")),
         ("support-bot@best:eval/loss@5", CheckpointRef(BOT, "best", "eval/loss@5")),
         ("3f9c2a", CheckpointRef(digest_prefix="3f9c2a")),
@@ -39,7 +40,8 @@ def test_every_form_of_a_reference_is_understood(text: str, ref: CheckpointRef) 
     "text",
     [
         "", "@", "@v1", "a@", "/a", "a/", "a/b/c", "../a", "a..b", "-a", "a-", "a b", "ä", "a\n", "a\0", "a" * 97, "con", "team/nul.txt",
-        "3f9c2a@v1", "a@step:", "a@step:x", "a@step:-1", "a@best:", "a@worst:loss", "a@b c", "a@../b", "a@b@c", "a\\b", "٣@v1", "a@step:٣",
+        "3f9c2a@v1", "a@step:", "a@step:x", "a@step:-1", "a@best:", "a@run:", "a@worst:loss", "a@b c", "a@../b", "a@b@c", "a\\b", "٣@v1",
+        "a@step:٣",
     ],
 )  # fmt: skip
 def test_anything_else_is_refused(text: str) -> None:
@@ -56,7 +58,9 @@ def test_random_text_parses_or_is_an_invalid_reference(text: str) -> None:
     assert CheckpointRef.parse(str(ref)) == ref
 
 
-@given(NAMES, NAMES | st.just(""), st.sampled_from(["", "@v7", "@step:7", "@best", "@best:x@y", "@candidate"]))
+@given(
+    NAMES, NAMES | st.just(""), st.sampled_from(["", "@v7", "@step:7", "@run:3", "@best", "@best:x@y", "@candidate"])
+)
 def test_what_a_reference_prints_means_the_same(name: str, namespace: str, selector: str) -> None:
     text = f"{namespace}/{name}{selector}" if namespace else f"{name}{selector}"
     try:

@@ -133,6 +133,24 @@ def test_a_single_step_of_a_litgpt_run_is_the_same_checkpoint(ckpt: Registry, tm
         )
 
 
+def test_whole_models_of_the_trainer_are_base_models(ckpt: Registry, tmp_path: Path) -> None:
+    """A full fine-tune leaves them as a run of adapters lies, `checkpoint-N` and the final one around them."""
+    run = tiny.write_base(tmp_path / "chat", seed=101)
+    for step in (100, 20):
+        tiny.write_base(run / f"checkpoint-{step}", seed=step, shards=2)
+    intake = ckpt.register(str(run))
+    assert [each.base.name for each in intake.models] == ["chat-checkpoint-20", "chat-checkpoint-100", "chat"]
+    (again,) = ckpt.register(str(run / "checkpoint-20"), Registration(adapter="chat-checkpoint-20")).models
+    assert (again.base.name, again.created) == ("chat-checkpoint-20", False)
+
+
+def test_names_of_runs_that_are_taken_get_longer(ckpt: Registry, tmp_path: Path) -> None:
+    for seed, parent in enumerate(("a", "b")):
+        tiny.write_base(tmp_path / parent / "chat" / "final", seed=seed)
+    first, second = (ckpt.register(str(tmp_path / parent / "chat")).models[0].base for parent in ("a", "b"))
+    assert (first.name, second.name) == ("chat", f"chat-{second.digest.short}")
+
+
 def test_a_snapshot_in_the_cache_of_the_hub(ckpt: Registry, base: Path, adapter: Path, tmp_path: Path) -> None:
     snapshot = tmp_path / "hub" / "models--team--support-bot" / "snapshots" / "0123abcd"
     snapshot.mkdir(parents=True)
@@ -222,7 +240,12 @@ def test_a_misfit_is_refused_with_every_mismatch_and_nothing_is_stored(
 
 @pytest.mark.parametrize(
     ("path", "error"),
-    [("nothing", PathNotFound), ("empty", NotACheckpoint), ("base", NotACheckpoint), ("nosuch://x", StorageFailed)],
+    [
+        ("nothing", PathNotFound),
+        ("empty", NotACheckpoint),
+        ("base/config.json", NotACheckpoint),
+        ("nosuch://x", StorageFailed),
+    ],
 )
 def test_where_no_checkpoint_is(ckpt: Registry, base: Path, tmp_path: Path, path: str, error: type[Exception]) -> None:
     (tmp_path / "empty").mkdir()

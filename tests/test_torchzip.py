@@ -126,6 +126,7 @@ def test_takes_the_model_out_of_a_training_state_and_drops_the_compiled_prefix()
     state = {f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}
     training = {"model": state, "optimizer": optimizer.state_dict(), "iter_num": 7, "lr": [0.1, None, torch.Size([2])]}
     assert contents(saved(training)) == expected(model.state_dict())
+    assert contents(saved({"state_dict": state, "callbacks": {}, "epoch": 1})) == expected(model.state_dict())
 
 
 def test_ignores_plain_values_beside_tensors() -> None:
@@ -193,7 +194,7 @@ def test_neither_import_nor_reading_loads_torch(tmp_path: Path) -> None:
         ({"w": torch.ones((1,) * 9)}, "9 dimensions"),
         ({3: torch.ones(1)}, "not text"),
         ({"w": torch.ones(1), "_orig_mod.w": torch.ones(1)}, "with and without"),
-        ({"state_dict": {"w": torch.ones(1)}}, "nested below 'state_dict'"),
+        ({"weights": {"w": torch.ones(1)}}, "nested below 'weights'"),
         ({"model": {"w": torch.ones(1), "deeper": [{"x": torch.ones(1)}]}}, "nested below 'deeper'"),
         ({"model": {}}, "holds 0 tensors"),
         ({"step": 1}, "holds 0 tensors"),

@@ -11,8 +11,20 @@ from sqlalchemy import ColumnElement, Select, func, select
 from sqlalchemy.orm import Session
 
 from registry.db.documents import manifest_from
-from registry.db.tables import AdapterRow, AliasRow, BaseRow, CheckpointRow, MetricRow, NoteRow, ShipmentRow, TagRow
-from registry.manifest import Checkpoint, Direction, Metric, Note
+from registry.db.lookup import ref
+from registry.db.tables import (
+    AdapterRow,
+    AliasRow,
+    BaseRow,
+    CheckpointRow,
+    MetricRow,
+    NoteRow,
+    OriginRow,
+    ParentRow,
+    ShipmentRow,
+    TagRow,
+)
+from registry.manifest import Checkpoint, Direction, Metric, Note, Origin
 from registry.refs import AdapterName, Digest
 
 
@@ -36,10 +48,11 @@ def note_row(row_id: int, note: Note) -> NoteRow:
 
 
 def load(session: Session, *conditions: ColumnElement[bool]) -> list[Checkpoint]:
-    """The checkpoints that conditions on their and their adapter's row select, by adapter and version: six queries in all."""
+    """The checkpoints that conditions on their and their adapter's row select, by adapter and version: eight queries in all."""
     chosen = select(CheckpointRow.id).join(AdapterRow).where(*conditions)
     metrics, notes = _metrics(session, chosen), _notes(session, chosen)
     tags, aliases, environments = _tags(session, chosen), _aliases(session, chosen), _environments(session, chosen)
+    origins = _origins(session, chosen)
     rows = session.execute(
         select(
             CheckpointRow, AdapterRow.namespace, AdapterRow.name, BaseRow.weights, BaseRow.name, BaseRow.architecture
@@ -68,6 +81,7 @@ def load(session: Session, *conditions: ColumnElement[bool]) -> list[Checkpoint]
             tags=dict(tags[row.id]),
             aliases=tuple(sorted(aliases[row.id])),
             environments=tuple(sorted(environments[row.id])),
+            origin=origins.get(row.id),
         )
         for row, namespace, name, weights, base_name, architecture in rows
     ]
@@ -135,3 +149,20 @@ def _environments(session: Session, chosen: Chosen) -> Mapping[int, Sequence[str
     for owner, environment in session.execute(statement):
         found[owner].append(environment)
     return found
+
+
+def _origins(session: Session, chosen: Chosen) -> Mapping[int, Origin]:
+    parents = defaultdict[int, list[str]](list)
+    for owner, namespace, name, version in session.execute(
+        select(ParentRow.checkpoint_id, AdapterRow.namespace, AdapterRow.name, CheckpointRow.version)
+        .join_from(ParentRow, CheckpointRow, ParentRow.parent_id == CheckpointRow.id)
+        .join(AdapterRow)
+        .where(ParentRow.checkpoint_id.in_(chosen))
+        .order_by(ParentRow.checkpoint_id, ParentRow.position)
+    ):
+        parents[owner].append(ref(namespace, name, version))
+    rows = session.scalars(select(OriginRow).where(OriginRow.checkpoint_id.in_(chosen)))
+    return {
+        row.checkpoint_id: Origin(action=row.action, parents=tuple(parents[row.checkpoint_id]), detail=row.detail)
+        for row in rows
+    }

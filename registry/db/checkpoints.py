@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from typing import final
 
-from sqlalchemy import Select, delete, func, select
+from sqlalchemy import ColumnElement, Select, delete, func, select
 from sqlalchemy.orm import Session
 
 from registry.db.blobs import Blobs
 from registry.db.checkpoint_rows import load, metric_row, note_row
-from registry.db.lookup import checkpoint_id, is_adapter, near, starts_with
+from registry.db.lookup import checkpoint_id, is_adapter, near, ref, starts_with
 from registry.db.tables import (
     AdapterRow,
     AliasRow,
@@ -19,11 +20,13 @@ from registry.db.tables import (
     CheckpointRow,
     MergedInputRow,
     MergedRow,
+    OriginRow,
+    ParentRow,
     ShipmentRow,
     TagRow,
 )
 from registry.errors import Ambiguous, InUse, NotFound, UnknownAdapter, UnknownBase, UnknownCheckpoint
-from registry.manifest import Checkpoint, Metric, Note, to_json
+from registry.manifest import Checkpoint, Metric, Note, Origin, to_json
 from registry.refs import AdapterName, CheckpointRef, Digest
 
 
@@ -114,12 +117,18 @@ class Checkpoints:
         checkpoints = load(self._session, is_adapter(adapter))
         labels = [label for each in checkpoints for label in (*each.aliases, *each.environments)]
         steps = {f"step:{each.step}" for each in checkpoints if each.step is not None}
-        return [
-            f"{adapter}@{name}" for name in (*labels, *(f"v{each.version}" for each in checkpoints), *sorted(steps))
-        ]
+        runs = {f"run:{each.run}" for each in checkpoints}
+        versions = [f"v{each.version}" for each in checkpoints]
+        return [f"{adapter}@{name}" for name in (*labels, *versions, *sorted(steps), *sorted(runs))]
+
+    def trail(self, checkpoint: Checkpoint) -> list[Checkpoint]:
+        """The checkpoints of a run up to one, that one included, by step (those without one last) and version."""
+        found = load(self._session, is_adapter(checkpoint.adapter), CheckpointRow.run == checkpoint.run)
+        ordered = sorted(found, key=_place_in_run)
+        return [each for each in ordered if _place_in_run(each) <= _place_in_run(checkpoint)]
 
     def add(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Record a checkpoint with its metrics, notes and tags, and the adapter when it is new.
+        """Record a checkpoint with its metrics, notes, tags and origin, and the adapter when it is new.
 
         The version in `checkpoint` does not count: it becomes the one after the highest that the adapter ever had. Metrics are signed by
         the checkpoint's author, at its time.
@@ -129,6 +138,7 @@ class Checkpoints:
 
         Raises:
             UnknownBase: no base model with its base's weights.
+            UnknownAdapter, UnknownCheckpoint: no such parent.
             NameTaken: the adapter has a checkpoint with this content.
         """
         base_id = self._session.scalar(select(BaseRow.id).where(BaseRow.weights == checkpoint.base.hex))
@@ -158,7 +168,30 @@ class Checkpoints:
             *(TagRow(checkpoint_id=row.id, key=key, value=value) for key, value in checkpoint.tags.items()),
         ]
         self._session.add_all(parts)
+        if checkpoint.origin is not None:
+            self._add_origin(row.id, checkpoint.origin)
         return load(self._session, CheckpointRow.id == row.id)[0]
+
+    def _add_origin(self, row_id: int, origin: Origin) -> None:
+        self._session.add(OriginRow(checkpoint_id=row_id, action=origin.action, detail=to_json(origin.detail)))
+        for position, name in enumerate(origin.parents):
+            parent_id = checkpoint_id(self._session, self.resolve(CheckpointRef.parse(name)))
+            self._session.add(ParentRow(checkpoint_id=row_id, position=position, parent_id=parent_id))
+        self._session.flush()
+
+    def children(self, checkpoint: Checkpoint) -> list[str]:
+        """References of the checkpoints that were made of this one, the oldest first."""
+        return self._children(checkpoint_id(self._session, checkpoint))
+
+    def _children(self, row_id: int) -> list[str]:
+        made = select(ParentRow.checkpoint_id).where(ParentRow.parent_id == row_id)
+        rows = self._session.execute(
+            select(AdapterRow.namespace, AdapterRow.name, CheckpointRow.version)
+            .join_from(CheckpointRow, AdapterRow)
+            .where(CheckpointRow.id.in_(made))
+            .order_by(CheckpointRow.id)
+        )
+        return [ref(*row) for row in rows]
 
     def _adapter_for(self, checkpoint: Checkpoint) -> AdapterRow:
         name = checkpoint.adapter
@@ -174,7 +207,7 @@ class Checkpoints:
         """Delete a checkpoint with its metrics, notes and tags. Its version is never given again.
 
         Raises:
-            InUse: names every alias, shipment and merged model that needs it.
+            InUse: names every alias, shipment, merged model and checkpoint made of it that needs it.
             UnknownCheckpoint: it is gone already.
         """
         row_id = checkpoint_id(self._session, checkpoint)
@@ -200,6 +233,7 @@ class Checkpoints:
             *(f"alias {name}" for name in aliases),
             *(f"shipment {number} to {environment}" for number, environment in shipments),
             *(f"merged model {digest[:12]}" for digest in merged),
+            *(f"{child}, which was made of it" for child in self._children(row_id)),
         ]
 
     def add_metric(self, checkpoint: Checkpoint, metric: Metric, author: str, at: datetime) -> None:
@@ -290,6 +324,10 @@ class Checkpoints:
         return self._session.scalar(select(AliasRow).join(AdapterRow).where(is_adapter(adapter), AliasRow.name == name))
 
 
+def _place_in_run(checkpoint: Checkpoint) -> tuple[bool, int, int]:
+    return checkpoint.step is None, checkpoint.step or 0, checkpoint.version
+
+
 def _selected(ref: CheckpointRef, adapter_id: int) -> Select[int]:
     """The id of the checkpoint of an adapter that a selector means."""
     newest = (
@@ -305,6 +343,8 @@ def _selected(ref: CheckpointRef, adapter_id: int) -> Select[int]:
             return newest.where(CheckpointRow.version == ref.version)
         case "step":
             return newest.where(CheckpointRow.step == int(ref.value))
+        case "run":
+            return newest.where(CheckpointRow.run == _run_name(ref.value, adapter_id))
         case "label":
             alias = select(AliasRow.checkpoint_id).where(AliasRow.adapter_id == adapter_id, AliasRow.name == ref.value)
             live = (
@@ -317,3 +357,13 @@ def _selected(ref: CheckpointRef, adapter_id: int) -> Select[int]:
             return select(func.coalesce(alias.scalar_subquery(), live.scalar_subquery()))
         case _:
             raise ValueError(f"not a matter of look-up: {ref}")
+
+
+def _run_name(text: str, adapter_id: int) -> ColumnElement[str]:
+    """The run of an adapter that is called so, or else the one of this number, counted from 1 in the order of registration."""
+    of_adapter = select(CheckpointRow.run).where(CheckpointRow.adapter_id == adapter_id)
+    named = of_adapter.where(CheckpointRow.run == text).limit(1)
+    if not re.fullmatch(r"[1-9][0-9]{0,5}", text):
+        return named.scalar_subquery()
+    by_age = of_adapter.group_by(CheckpointRow.run).order_by(func.min(CheckpointRow.id))
+    return func.coalesce(named.scalar_subquery(), by_age.offset(int(text) - 1).limit(1).scalar_subquery())

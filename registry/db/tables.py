@@ -260,6 +260,30 @@ class AliasRow(Table):
 
 
 @final
+class OriginRow(Table):
+    """How a checkpoint was made of others; trained ones have none."""
+
+    __tablename__ = "origins"
+    __table_args__ = _at_most(NAME_LENGTH, "action")
+
+    checkpoint_id: Mapped[int] = mapped_column(_part_of("checkpoints.id"), primary_key=True)
+    action: Mapped[str]
+    detail: Mapped[Document]
+
+
+@final
+class ParentRow(Table):
+    """A checkpoint that another one was made of; `position` counts from 0 in the order of its origin."""
+
+    __tablename__ = "parents"
+    __table_args__ = (*_not_negative("position"), Index(None, "parent_id"))
+
+    checkpoint_id: Mapped[int] = mapped_column(_part_of("checkpoints.id"), primary_key=True)
+    position: Mapped[int] = mapped_column(primary_key=True)
+    parent_id: Mapped[int] = mapped_column(_keep("checkpoints.id"))
+
+
+@final
 class BlobRow(Table):
     """An object in the store. `sha256` is empty where it was not computed."""
 

@@ -11,6 +11,7 @@ from registry.formats.adapter import Adapter, Found
 from registry.formats.findings import unsupported
 from registry.formats.litgpt import is_litgpt, places_in_litgpt, read_litgpt
 from registry.formats.peft import is_peft, places_in_peft, read_peft
+from registry.formats.quantised import base_quantised, stored_quantised
 from registry.locations import Location
 from registry.manifest import BaseModel, Format
 
@@ -64,7 +65,9 @@ def read_adapter(location: Location) -> Adapter:
 
 
 def resolve(adapter: Adapter, base: BaseModel) -> Resolution:
-    """Match an adapter's tensors with a base model's, from headers alone."""
+    """Match an adapter's tensors with a base model's, from headers alone. With a quantised base nothing is compared."""
+    if quantised := stored_quantised(base):
+        return Resolution(changes=(), findings=(base_quantised(base, quantised),))
     found = _resolver(adapter.format)(adapter, base)
     odd = [change.target for change in found.changes if not change.target.dtype.is_mergeable]
     refusals = [

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from registry.errors import CorruptFile, NotACheckpoint
@@ -15,6 +18,8 @@ from registry.tensors import StoredTensor, read_safetensors_header
 INDEX_FILE = "model.safetensors.index.json"
 LITGPT_WEIGHTS = "lit_model.pth"
 TEMPLATE_FOLDER = "additional_chat_templates/"
+# What litgpt and the Hugging Face Trainer call the folders of a run, each with a checkpoint.
+RUN_FOLDER = re.compile(r"((?:step|checkpoint)-(\d+)|final)(?:/|$)")
 _HEAD_NAMES = ("lm_head.weight", "embed_out.weight")
 _EMBEDDING_NAMES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 # Files that are weights or training state in some form: a model directory made from the base must not carry them along.
@@ -77,6 +82,24 @@ def read_base(location: Location) -> BaseHead:
         weights_files=weights,
         sidecars=_sidecars(files),
     )
+
+
+def places_with_models(location: Location) -> tuple[str, ...]:
+    """URLs of the whole model that a folder is, or of those of a training run in it: `step-N` or `checkpoint-N` in order, then `final`."""
+    files = location.files()
+    found = [match for path in files if path.count("/") == 1 and (match := RUN_FOLDER.match(path))]
+    names = dict(sorted({match[1]: int(match[2] or sys.maxsize) for match in found}.items(), key=itemgetter(1)))
+    places = [f"{location.url.rstrip('/')}/{name}" for name in names if _is_model(files, f"{name}/")]
+    return (*places, location.url) if _is_model(files) else tuple(places)
+
+
+def _is_model(files: Mapping[str, int], folder: str = "") -> bool:
+    """Whether a folder's names are those of a whole model."""
+    own = {path.removeprefix(folder) for path in files if path.startswith(folder)}
+    if LITGPT_WEIGHTS in own:
+        return "model_config.yaml" in own
+    weights = INDEX_FILE in own or _files_without_index(dict.fromkeys(own, 0))
+    return "config.json" in own and bool(weights)
 
 
 def _read_litgpt(location: Location, files: Mapping[str, int]) -> BaseHead:
@@ -164,6 +187,8 @@ def find_embeddings(base: BaseModel) -> Embeddings | None:
         return None
     heads = [name for name in names if name.split(".", 1)[-1] in _HEAD_NAMES or name in _HEAD_NAMES]
     family_head = "embed_out.weight" if inputs[0].endswith("embed_in.weight") else "lm_head.weight"
+    if inputs[0].startswith("language_model.model."):
+        family_head = f"language_model.{family_head}"
     head = heads[0] if len(heads) == 1 else family_head
     digests, flag = base.fingerprint.tensors, base.config.get("tie_word_embeddings")
     is_same = head not in names or digests[head] == digests[inputs[0]]

@@ -22,10 +22,11 @@ from registry.tensors import StoredTensor
 HYPERPARAMETERS_FILE = "hyperparameters.yaml"
 MODEL_CONFIG_FILE = "model_config.yaml"
 _FULL_WEIGHTS = "lit_model.pth"
+LORA_FILE_BEFORE_2024_03 = "lit_model_lora_finetuned.pth"
 # Newest names first; before 2024-03 the kind was spelled out, and for some days it was in the full model's name.
 _WEIGHTS_FILES = (
     "lit_model.pth.lora", "lit_model.pth.adapter_v2", "lit_model.pth.adapter",
-    "lit_model_lora_finetuned.pth", "lit_model_adapter_v2_finetuned.pth", "lit_model_adapter_finetuned.pth",
+    LORA_FILE_BEFORE_2024_03, "lit_model_adapter_v2_finetuned.pth", "lit_model_adapter_finetuned.pth",
 )  # fmt: skip
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 FLAGS = ("query", "key", "value", "projection", "mlp", "head")

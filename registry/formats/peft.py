@@ -21,6 +21,7 @@ _TRAINER_STATE = "trainer_state.json"
 _STEP_FOLDER = re.compile(r"(?:checkpoint|step|global_step)[-_]?(\d+)")
 _NOT_PART_OF_IT = ("runs", "logs", "wandb", "mlruns")
 _NOT_METRICS = frozenset({"epoch", "step", "total_flos", "learning_rate", "grad_norm", "num_input_tokens_seen"})
+_SCALED = ("lora", "dora", "adalora", "loha", "lokr")  # by alpha over the rank
 _SNAPSHOT = re.compile(r"models--(?:(?P<namespace>.+?)--)?(?P<name>.+)")
 
 
@@ -42,15 +43,13 @@ def read_peft(location: Location) -> Adapter:
         raise NotACheckpoint(location.url, f"{CONFIG_FILE} without {' or '.join(WEIGHTS_FILES)}")
     config = read_json(location, CONFIG_FILE)
     method = _method(config)
-    rank = config.get("r")
-    is_low_rank = method in ("lora", "dora", "adalora")
     alpha = config.get("lora_alpha", config.get("alpha"))
     return Adapter(
         format=Format.PEFT,
         method=method,
-        rank=positive_rank(rank, CONFIG_FILE, "r") if rank is not None else None,
+        rank=_rank(config, method),
         alpha=finite_number(alpha, CONFIG_FILE, "alpha") if alpha is not None else None,
-        scaling=("alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r") if is_low_rank else "",
+        scaling=("alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r") if method in _SCALED else "",
         targets=_targets(config.get("target_modules")),
         base_name=str(config.get("base_model_name_or_path") or ""),
         weights_file=weights,
@@ -64,7 +63,17 @@ def _method(config: Mapping[str, Any]) -> str:
     peft_type = config.get("peft_type")
     if not isinstance(peft_type, str) or not re.fullmatch(r"[A-Za-z0-9_]{1,40}", peft_type):
         raise NotACheckpoint(CONFIG_FILE, f"peft_type is {peft_type!r}")
-    return "dora" if config.get("use_dora") else peft_type.lower()
+    method = peft_type.lower()
+    return "dora" if method == "lora" and config.get("use_dora") else method
+
+
+def _rank(config: Mapping[str, Any], method: str) -> int | None:
+    """AdaLoRA is scaled by the rank that it began with. OFT tells the number of its blocks, or 0 where it tells their size."""
+    field = "init_r" if method == "adalora" else "r"
+    rank = config.get(field)
+    if rank is None or (method == "oft" and rank == 0):
+        return None
+    return positive_rank(rank, CONFIG_FILE, field)
 
 
 def _targets(value: object) -> tuple[str, ...]:

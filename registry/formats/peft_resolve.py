@@ -1,28 +1,43 @@
-"""Match a PEFT adapter's tensors with a base model: every tensor used, every target hit, every shape right, or a finding that says why not."""
+"""Match a LoRA of PEFT with a base model: every tensor used, every target hit, every shape right, or a finding that says why not."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+import re
+from collections.abc import Mapping
+from math import prod
 from typing import final
 
-from registry.changes import Change, LowRank, Resolution, Rows
-from registry.formats.adapter import Adapter, spec_like
-from registry.formats.base_model import find_embeddings
-from registry.formats.findings import OTHER_BASE, misfit, unsupported, warning
+from registry.changes import Change, Resolution, Tuned
+from registry.formats.adapter import Adapter
+from registry.formats.findings import ANOTHER_SAVE, unsupported, warning
 from registry.formats.peft import CONFIG_FILE
-from registry.formats.peft_config import LoraOptions, config_findings, method_finding, names_of
-from registry.formats.peft_embeddings import settle
-from registry.formats.peft_keys import Factors, sort_keys
-from registry.manifest import BaseModel, Finding
+from registry.formats.peft_config import LoraOptions, Scope, config_findings
+from registry.formats.peft_experts import Experts
+from registry.formats.peft_factors import Layer
+from registry.formats.peft_heads import TaskHead
+from registry.formats.peft_keys import parameter, plain_path, sort_keys
+from registry.formats.peft_matching import Matching
+from registry.formats.peft_replication import Stack
+from registry.formats.peft_tokens import TokenRows, resolve_tokens
+from registry.formats.peft_tuners import resolve_tuner
+from registry.manifest import BaseModel
 from registry.tensors import StoredTensor
 
-_NEAREST_SOUGHT = 4
 _LOW_RANK_METHODS = ("lora", "dora")
-# Architectures of transformers whose linear layers are Conv1D, which stores its weight as [d_in, d_out].
-_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-_CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
+_PARAMETERS = {
+    "a": parameter("lora_A"),
+    "b": parameter("lora_B"),
+    "bias": parameter("lora_B", "bias"),
+    "embedding_a": parameter("lora_embedding_A"),
+    "embedding_b": parameter("lora_embedding_B"),
+    "m": parameter("lora_magnitude_vector"),
+    "diag": parameter("lora_diag"),
+}
+# What VeLoRA and MonteCLoRA only train with: at inference they are plain LoRA.
+_TRAINING_ONLY = re.compile(r".+\.(?:lora_velora_embed|lora_monteclora_sampler)\b.*")
+# Up to this PEFT (and in it) the output projection of an nn.MultiheadAttention gets its delta twice, in training as in its merge.
+_DOUBLED_UP_TO = (0, 21)
+_OUTPUT = ".base_layer.out_proj"
 
 
 def resolve_peft(adapter: Adapter, base: BaseModel) -> Resolution:
@@ -35,233 +50,180 @@ def resolve_peft(adapter: Adapter, base: BaseModel) -> Resolution:
     Raises:
         CorruptFile: the configuration is not one.
     """
+    head = TaskHead.of(adapter, base)
+    return head.complete(_resolve(head.without(adapter), base))
+
+
+def _resolve(adapter: Adapter, base: BaseModel) -> Resolution:
+    if adapter.method == "trainable_tokens":
+        return resolve_tokens(adapter, base)
     if adapter.method not in _LOW_RANK_METHODS:
-        return Resolution(changes=(), findings=(method_finding(adapter.method),))
-    return _Resolver(adapter, base).run()
+        return resolve_tuner(adapter, base)
+    options, scope = LoraOptions.read(adapter.config), Scope.read(adapter.config)
+    keys = sort_keys(adapter.tensors, _PARAMETERS, _TRAINING_ONLY)
+    stack = Stack.of(base, adapter.config)
+    matching = Matching(keys, scope, base, stack.tensors)
+    matching.replace_whole()
+    experts = Experts(matching, options, scope, adapter.config)
+    modules = experts.take(keys.parts)
+    matching.findings += config_findings(
+        adapter, options, [*map(plain_path, modules), *experts.modules, *experts.parameters]
+    )
+    lora = _Lora(matching, options, str(adapter.config.get("peft_version") or ""))
+    for module, parts in modules.items():
+        lora.add(module, parts)
+    lora.finish()
+    TokenRows.read(adapter.config, "trainable_token_indices").put(keys.rows, matching)
+    trained = [module for module in (*modules, *experts.modules) if not module.endswith(_OUTPUT)]
+    return stack.complete(matching.finish(trained))
 
 
 @final
-class _Resolver:
-    """One matching. Module paths are the training-time ones until `_base_name` turns them into names of base tensors."""
+class _Lora:
+    """Makes changes of factors."""
 
-    def __init__(self, adapter: Adapter, base: BaseModel) -> None:
-        self._options = LoraOptions.read(adapter.config)
-        self._keys = sort_keys(adapter.tensors)
-        self._base = {tensor.spec.name: tensor for tensor in base.tensors}
-        self._model_type = str(base.config.get("model_type", ""))
-        self._embeddings = find_embeddings(base)
-        self._tied_head = self._embeddings.head_name if self._embeddings and self._embeddings.tied else ""
-        self._prefix = match_prefix(self._keys.modules, list(self._base), self._tied_head)
-        self._findings: list[Finding] = [
-            *self._keys.findings,
-            *config_findings(adapter, self._options, list(self._keys.factors)),
-        ]
-        self._changes: dict[str, Change] = {}
+    def __init__(self, matching: Matching, options: LoraOptions, version: str) -> None:
+        self._matching, self._options, self._version = matching, options, version
+        self._attentions: set[str] = set()
+        self._outputs: set[str] = set()
+        self._has_kernel = False
 
-    def run(self) -> Resolution:
-        for (module, kind), tensor in self._keys.whole.items():
-            self._replace(module, kind, tensor)
-        for module, factors in self._keys.factors.items():
-            self._add_factors(module, factors)
-        for tensor in self._keys.other:
-            self._unused(tensor)
-        self._check_targets()
-        config = self._settle_embeddings()
-        return Resolution(changes=tuple(self._changes.values()), findings=tuple(self._findings), config=config)
-
-    def _base_name(self, module: str, kind: str = "weight") -> str:
-        name = f"{module}.{kind}"
-        if name in self._base or name == self._tied_head:
-            return name
-        old, new = self._prefix
-        return new + name.removeprefix(old)
-
-    def _change(self, module: str, kind: str, tensor: StoredTensor) -> Change | None:
-        """The change so far of the base tensor that a parameter is; None, with a finding, when the base has no such tensor."""
-        name = self._base_name(module, kind)
-        if name in self._changes:
-            return self._changes[name]
-        source = self._base.get(name)
-        if self._embeddings and name == self._tied_head:
-            source = self._base[self._embeddings.input_name]
-        if source is None:
-            self._no_base_tensor(tensor, name)
-            return None
-        return Change(target=spec_like(source.spec, name=name), source=source)
-
-    def _replace(self, module: str, kind: str, tensor: StoredTensor) -> None:
-        name = self._base_name(module, kind)
-        found = self._embeddings
-        is_embedding = found is not None and name in (found.input_name, found.head_name)
-        if not (self._options.saves(module) or (kind == "bias" and self._options.bias != "none") or is_embedding):
-            self._unused(tensor)
-        elif change := self._change(module, kind, tensor):
-            if tensor.spec.shape != change.target.shape and not (
-                is_embedding and _grows(change.target.shape, tensor.spec.shape)
-            ):
-                self._wrong_shape(tensor, change.target.shape)
-                return
-            target = replace(change.target, shape=tensor.spec.shape)
-            self._changes[name] = replace(change, target=target, replacement=tensor)
-
-    def _add_factors(self, module: str, factors: Factors) -> None:
-        a, b = factors.a, factors.b
-        if a is None or b is None:
-            where = factors.tensors[0].spec.name
-            self._findings.append(misfit("missing_factor", where, expected="both A and B", found="one of them"))
+    def add(self, module: str, parts: Mapping[str, StoredTensor]) -> None:
+        """Change the weight of a module, and its bias, by its factors."""
+        is_embedding = "embedding_a" in parts or "embedding_b" in parts
+        a, b = (parts.get(f"embedding_{kind}" if is_embedding else kind) for kind in "ab")
+        extra = {kind: parts.get(kind) for kind in self._options.extra}
+        found = {kind: tensor for kind, tensor in extra.items() if tensor is not None}
+        if a is None or b is None or len(found) < len(extra):
+            self._refuse_missing(parts)
             return
-        change = self._change(module, "weight", a)
-        if change is None or not self._check_factors(module, a, b):
+        is_attention = self._is_attention(module)
+        if is_attention:
+            self._attentions.add(module)
+        change = self._matching.change(module, a, "in_proj_weight" if is_attention else "weight")
+        if change is None:
             return
-        transposed = factors.embedding or self._is_transposed(module)
-        d_out, d_in = b.spec.shape[0], a.spec.shape[1]
-        if change.target.shape != ((d_in, d_out) if transposed else (d_out, d_in)):
-            made = [d_in, d_out] if transposed else [d_out, d_in]
-            self._wrong_shape(a, change.target.shape, found=f"A and B make {made}")
-            return
-        scale = self._options.scale(module, a.spec.shape[0])
-        delta = LowRank(a=Rows.all_of(a), b=Rows.all_of(b), scale=scale, transposed=transposed)
-        self._changes[change.target.name] = replace(change, deltas=(*change.deltas, delta))
-
-    def _check_factors(self, module: str, a: StoredTensor, b: StoredTensor) -> bool:
-        if len(a.spec.shape) != 2 or len(b.spec.shape) != 2:
-            self._findings.append(
-                unsupported("layer_not_mergeable", a.spec.name, found=f"shape {list(a.spec.shape)}",
-                            advice="convolutions are recorded and served as they are; this version merges linear layers and embeddings")
-            )  # fmt: skip
-            return False
-        rank, columns = a.spec.shape[0], b.spec.shape[1]
-        told = self._options.ranks.matching(module) or [self._options.rank]
-        if rank == columns and rank in told:
-            return True
-        expected = (
-            f"A with {columns} rows, as B has columns" if rank != columns else f"rank {told[0]}, says {CONFIG_FILE}"
-        )
-        self._findings.append(
-            misfit("rank_mismatch", module, expected=expected, found=f"rank {rank}",
-                   advice="configuration and weights are not from the same save")
+        layer = Layer(
+            module=module, a=a, b=b, extra=found, is_embedding=is_embedding, is_transposed=self._matching.is_transposed(module),
+            scale=self._scale(module, a.spec.shape[0]), block=self._options.block_factor(plain_path(module)), blocks=self._options.blocks,
         )  # fmt: skip
+        if self._is_layer(layer, change) and self._is_rank(layer) and self._is_shape(layer, change):
+            self._matching.add(change, *layer.steps())
+            self._add_bias(layer, parts.get("bias"), is_attention=is_attention or self._is_output(module))
+        for kind in {"m", "diag"} - extra.keys():
+            if kind in parts:
+                self._matching.unused(parts[kind])
+
+    def finish(self) -> None:
+        """What can only be told of all modules together."""
+        if self._has_kernel:
+            self._warn("convolution", "a LoRA on a convolution with a kernel",
+                       "right if it is not dilated and pads with zeros, which no file tells: PEFT's factors always do so")  # fmt: skip
+        for module in sorted(self._attentions - self._outputs):
+            self._matching.missed(f"{module}{_OUTPUT}", "factors of the output projection, too")
+        if not self._outputs:
+            return
+        where = f"the output projection of {len(self._outputs)} nn.MultiheadAttention"
+        numbers = re.match(r"(\d+)\.(\d+)", self._version)
+        if numbers and (int(numbers[1]), int(numbers[2])) > _DOUBLED_UP_TO:
+            self._unsupported("attention_output", CONFIG_FILE, f"{where}, peft_version {self._version}",
+                              "whether this PEFT applies that delta once or twice is not known here: upgrade ckpt-registry")  # fmt: skip
+        else:
+            self._warn("attention_output", where, "PEFT applied its delta twice in training, and so does merging")
+
+    def _refuse_missing(self, parts: Mapping[str, StoredTensor]) -> None:
+        names = ("A", "B", *self._options.extra.values())
+        where = next(iter(parts.values())).spec.name
+        self._matching.refuse("missing_factor", where, expected=f"all of {', '.join(names)}", found="only some of them")
+
+    # -- nn.MultiheadAttention
+
+    def _is_attention(self, module: str) -> bool:
+        """Whether a module is one, whose weight has a name of its own."""
+        base, matching = self._matching.base, self._matching
+        return matching.name(module) not in base and matching.name(module, "in_proj_weight") in base
+
+    def _is_output(self, module: str) -> bool:
+        return module.endswith(_OUTPUT) and self._is_attention(module.removesuffix(_OUTPUT))
+
+    def _configured(self, module: str) -> str:
+        """The path that the configuration knows a module by: an output projection goes with its attention."""
+        return plain_path(module.removesuffix(_OUTPUT) if self._is_output(module) else module)
+
+    def _scale(self, module: str, rank: int) -> float:
+        scale = self._options.scale(self._configured(module), rank)
+        if not self._is_output(module):
+            return scale
+        self._outputs.add(module.removesuffix(_OUTPUT))
+        return 2 * scale
+
+    # -- checks
+
+    def _is_layer(self, layer: Layer, change: Change) -> bool:
+        if not layer.is_of_one_kind:
+            shapes = f"{list(layer.a.spec.shape)} and {list(layer.b.spec.shape)}"
+            self._matching.refuse(
+                "shape_mismatch",
+                layer.a.spec.name,
+                expected="A and B of one kind of layer",
+                found=shapes,
+                advice=ANOTHER_SAVE,
+            )
+        elif layer.is_grouped(change.target.shape):
+            self._unsupported("layer_not_mergeable", layer.a.spec.name, "a LoRA on a grouped convolution",
+                              "its A reads every channel, which the layer's weight cannot: serve it unmerged")  # fmt: skip
+        else:
+            return True
         return False
 
-    def _is_transposed(self, module: str) -> bool:
-        """By layer type, as PEFT does; the flag only speaks for architectures nobody knows."""
-        if self._model_type:
-            return self._model_type in _CONV1D_MODELS and module.rsplit(".", 1)[-1] in _CONV1D_LAYERS
-        return self._options.is_transposed
+    def _is_rank(self, layer: Layer) -> bool:
+        told = self._options.ranks.matching(self._configured(layer.module)) or [self._options.rank]
+        if layer.rank == layer.b_rank and layer.rank in told:
+            return True
+        differs = layer.rank != layer.b_rank
+        expected = f"A with {layer.b_rank} rows, as B has columns" if differs else f"rank {told[0]}, says {CONFIG_FILE}"
+        self._matching.refuse(
+            "rank_mismatch", layer.module, expected=expected, found=f"rank {layer.rank}", advice=ANOTHER_SAVE
+        )
+        return False
 
-    def _check_targets(self) -> None:
-        """Every targeted module of the base has factors, and no other has: half an adapter is no adapter."""
-        have, options = self._keys.factors, self._options
-        modules = list(self._base_modules())
-        for module in modules:
-            if module not in have and options.targets_module(module):
-                self._missed(module, "factors for every targeted module")
-        for module, factors in have.items():
-            is_tied_head = options.ties_weights and self._base_name(module) == self._tied_head
-            if options.targets_module(module) is False and not is_tied_head:
-                self._unused(factors.tensors[0])
-        self._check_names([*modules, *have, self._tied_head.removesuffix(".weight")])
-        if not have and not self._keys.whole:
-            self._findings.append(
-                misfit("nothing_matched", "adapter", expected="low-rank factors", found="none in the file")
-            )
+    def _is_shape(self, layer: Layer, change: Change) -> bool:
+        weight = change.target.shape
+        if weight != layer.made:
+            self._matching.wrong_shape(layer.a, weight, found=f"A and B make {list(layer.made)}")
+            return False
+        wanted = {"m": layer.b.spec.shape[0], "diag": layer.rank}
+        for kind, tensor in layer.extra.items():
+            if tensor.spec.elements != wanted[kind] or (kind == "diag" and layer.rank >= min(weight)):
+                self._matching.wrong_shape(tensor, [wanted[kind]])
+                return False
+        self._has_kernel = self._has_kernel or prod(layer.made[2:]) > 1
+        return True
 
-    def _check_names(self, modules: Sequence[str]) -> None:
-        for name in self._options.saved_modules:
-            if not any(f"{name}." in f"{module}." for module, _ in self._keys.whole):
-                self._missed(name, "a saved copy of this module")
-        known = set[str]().union(*map(names_of, modules))
-        for name in self._options.targets.names:
-            if name not in known:
-                self._findings.append(
-                    warning("target_unused", CONFIG_FILE, expected="a module of this name", found=f"target_modules: {name!r}",
-                            advice="neither base nor adapter has one, so training passed over it too")
-                )  # fmt: skip
+    # -- biases
 
-    def _base_modules(self) -> Iterator[str]:
-        """The base's modules with a matrix, by their training-time paths."""
-        old, new = self._prefix
-        for name, tensor in self._base.items():
-            if name.endswith(".weight") and len(tensor.spec.shape) == 2:
-                yield old + name.removesuffix(".weight").removeprefix(new)
+    def _add_bias(self, layer: Layer, value: StoredTensor | None, *, is_attention: bool) -> None:
+        """`lora_bias`. Extraction tools write such a bias without setting the flag."""
+        if value is None:
+            if self._options.has_bias and not (layer.is_embedding or is_attention):
+                self._matching.missed(f"{layer.module}.lora_B.bias", "a bias of B, as lora_bias is set")
+        elif is_attention or layer.extra:
+            self._unsupported("bias_not_mergeable", value.spec.name, "a bias of B in such a layer",
+                              "what it does in training is not what a bias of the layer does: serve it unmerged")  # fmt: skip
+        elif self._matching.name(layer.module, "bias") not in self._matching.base:
+            self._unsupported("bias_not_mergeable", value.spec.name, "a bias for a layer that has none",
+                              "the base's architecture has no place for it: serve it unmerged")  # fmt: skip
+        elif change := self._matching.change(layer.module, value, "bias"):
+            if value.spec.shape != change.target.shape:
+                self._matching.wrong_shape(value, change.target.shape)
+                return
+            step = Tuned(method="add", tensors={"value": value}, options={"scale": layer.scale})
+            self._matching.add(change, step)
 
-    def _settle_embeddings(self) -> dict[str, object]:
-        found = self._embeddings
-        if found is None:
-            return {}
-        settled = settle(self._changes, found, self._base, self._options)
-        for name in (found.input_name, found.head_name):
-            self._changes.pop(name, None)
-        self._changes.update(settled.changes)
-        self._findings += settled.findings
-        return dict(settled.config)
+    # -- findings
 
-    def _no_base_tensor(self, tensor: StoredTensor, name: str) -> None:
-        """The nearest name is looked for a few times only: it takes long, and the first ones tell what is wrong."""
-        is_early = sum(finding.code == "no_base_tensor" for finding in self._findings) < _NEAREST_SOUGHT
-        near = difflib.get_close_matches(name, self._base, n=1, cutoff=0.6) if is_early else []
-        found = f"nearest is {near[0]}" if near else "nothing near" if is_early else "none"
-        self._findings.append(misfit("no_base_tensor", tensor.spec.name, expected=name, found=found, advice=OTHER_BASE))
+    def _unsupported(self, code: str, where: str, found: str, advice: str) -> None:
+        self._matching.findings.append(unsupported(code, where, found=found, advice=advice))
 
-    def _missed(self, where: str, expected: str) -> None:
-        self._findings.append(
-            misfit("target_missed", where, expected=expected, found="none in the file",
-                   advice="the adapter is incomplete, or was trained on another model")
-        )  # fmt: skip
-
-    def _unused(self, tensor: StoredTensor) -> None:
-        self._findings.append(
-            misfit("unused_tensor", tensor.spec.name, expected="nothing that the configuration does not call for",
-                   found=f"shape {list(tensor.spec.shape)}", advice="configuration and weights are not from the same save, or PEFT is newer")
-        )  # fmt: skip
-
-    def _wrong_shape(self, tensor: StoredTensor, expected: Sequence[int], found: str = "") -> None:
-        self._findings.append(
-            misfit("shape_mismatch", tensor.spec.name, expected=f"{list(expected)} as in the base",
-                   found=found or f"{list(tensor.spec.shape)}", advice=OTHER_BASE)
-        )  # fmt: skip
-
-
-def _grows(base: Sequence[int], saved: Sequence[int]) -> bool:
-    return len(base) == 2 == len(saved) and saved[1] == base[1] and saved[0] > base[0]
-
-
-def match_prefix(modules: Sequence[str], base_names: Sequence[str], tied_head: str) -> tuple[str, str]:
-    """The one substitution of a prefix, training-time to base, that turns every module's path into a base tensor's name.
-
-    Args:
-        modules: training-time paths.
-        base_names: names of the base's tensors.
-        tied_head: name of the head that the model has though the files may not; empty text for none.
-
-    Returns:
-        Old and new prefix. Both empty when the names match as they are, or when no single substitution makes all of them match (each
-        miss is then reported).
-    """
-    names = {*base_names, tied_head}
-    own = [module for module in modules if not _is_there(module, names)]
-    head = tied_head.removesuffix(".weight")
-    probe = next((module for module in own if module != head), None)
-    if probe is None:
-        return "", ""
-    fitting = {
-        (old, new)
-        for old, new in _substitutions(probe, base_names)
-        if all(module.startswith(old) and _is_there(new + module.removeprefix(old), names) for module in own)
-    }
-    outcomes = {tuple(new + module.removeprefix(old) for module in own): (old, new) for old, new in sorted(fitting)}
-    return next(iter(outcomes.values())) if len(outcomes) == 1 else ("", "")
-
-
-def _substitutions(probe: str, base_names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Every change of prefix that turns one module's path into the path of some base tensor."""
-    parts, stems = probe.split("."), {name.rpartition(".")[0] for name in base_names}
-    for cut in range(len(parts)):
-        old, rest = "".join(f"{part}." for part in parts[:cut]), ".".join(parts[cut:])
-        for stem in stems:
-            if stem == rest or stem.endswith(f".{rest}"):
-                yield old, stem.removesuffix(rest)
-
-
-def _is_there(module: str, names: set[str]) -> bool:
-    return f"{module}.weight" in names or f"{module}.bias" in names
+    def _warn(self, code: str, found: str, advice: str) -> None:
+        self._matching.findings.append(warning(code, CONFIG_FILE, found=found, advice=advice))

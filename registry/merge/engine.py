@@ -1,51 +1,46 @@
-"""Execute a plan: several threads read and compute pieces, one hashes them and writes them in order.
+"""Execute a plan. A thread for each file hashes its pieces and writes them in order, several files at once; it computes them itself, or has them
+computed by threads of a pool where there are more cores than files.
 
-The bytes do not depend on the number of threads. Memory is a few pieces, whatever the model's size, and the factors of the tensors in work.
+The bytes do not depend on the number of threads. Memory is a few pieces for each, whatever the model's size, and the factors of the tensors
+in work.
 """
 
 from __future__ import annotations
 
 import os
 import queue
+import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, cast, final
+from typing import cast, final
 
-import torch
-from torch import Tensor
-
-from registry.changes import Change, LowRank, Rows
+from registry.changes import Change
 from registry.errors import BaseChanged, NotFinite, NothingMerged
 from registry.fingerprint import tensor_hasher
-from registry.locations import Location
 from registry.manifest import FileEntry, TensorRecord
-from registry.merge.deltas import (
-    TORCH_DTYPES,
-    Block,
-    BlockRecord,
-    Factors,
-    Scratch,
-    factor_record,
-    merge_block,
-    sum_dtype,
-)
+from registry.merge.blocks import ComputedTensor, Sources
 from registry.merge.journal import Journal
 from registry.merge.plan import BLOCK_BYTES, Compute, Copy, OutputFile, Plan, Segment, Sidecar
+from registry.merge.reading import Scratch
+from registry.merge.records import BlockRecord
 from registry.merge.sinks import Sink, SinkWriter
+from registry.merge.sums import FactorReader
 from registry.refs import Digest
-from registry.tensors import DType, StoredTensor, TensorSpec
+from registry.tensors import StoredTensor
 from registry.torchzip import Descriptor, Directory, Literal
 
 Advance = Callable[[int], None]
 _SIGNIFICANT_DIGITS = 6
 # Pieces under way besides those in work: enough to keep all threads busy while one waits for its turn.
 _AHEAD = 2
+# Files written at once: more would only take memory.
+_MOST_FILES = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,14 +49,6 @@ class Outcome:
 
     files: tuple[FileEntry, ...]
     records: tuple[TensorRecord, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sources:
-    """What a plan reads."""
-
-    base: Location
-    adapter: Location
 
 
 def execute(
@@ -85,7 +72,7 @@ def execute(
         journal: of this recipe and sink, locked.
         provenance: makes name and bytes of the file that is written last, from all others.
         advance: told of each number of weight bytes that are done.
-        threads: that compute; the number of cores when None.
+        threads: as many at most; the number of cores when None.
 
     Raises:
         BaseChanged: a tensor of the base is not what was fingerprinted.
@@ -94,13 +81,12 @@ def execute(
         StorageFailed: the sink does not take the bytes.
     """
     sink.prepare(plan.size_bytes)
-    with _Pieces(sources, threads or os.cpu_count() or 1) as pieces:
-        try:
-            entries, records = _write_weights(plan, pieces, sink, journal, advance)
-        except (NothingMerged, NotFinite):  # trying again would not help
-            sink.discard()
-            journal.finish()
-            raise
+    try:
+        entries, records = _Weights(plan, sources, sink, journal, advance).write(threads or os.cpu_count() or 1)
+    except (NothingMerged, NotFinite):  # trying again would not help
+        sink.discard()
+        journal.finish()
+        raise
     entries.extend(_write_small(sink, sidecar.path, _sidecar_data(sidecar, sources)) for sidecar in plan.sidecars)
     path, data = provenance(entries, records)
     entries.append(_write_small(sink, path, data))
@@ -108,27 +94,57 @@ def execute(
     return Outcome(files=tuple(entries), records=tuple(records))
 
 
-def _write_weights(
-    plan: Plan, pieces: _Pieces, sink: Sink, journal: Journal, advance: Advance
-) -> tuple[list[FileEntry], list[TensorRecord]]:
-    entries: list[FileEntry] = []
-    records: list[TensorRecord] = []
-    largest = 0.0
-    for file in plan.files:
-        kept = journal.finished(file.path)
-        if kept is not None and sink.holds(kept[0]):
-            advance(file.size_bytes)
-            entry, of_file = kept
-        else:
-            writing = _FileWriting(file, plan, pieces, advance)
-            entry, of_file = writing.run(sink)
-            largest = max(largest, writing.largest_delta)
-            journal.add(entry, of_file)
-        entries.append(entry)
-        records.extend(of_file)
-    if not any(record.changed for record in records if record.action != "converted"):
-        raise NothingMerged(plan.base.name, largest)
-    return entries, records
+_Written = tuple[FileEntry, tuple[TensorRecord, ...]]
+
+
+@final
+class _Weights:
+    """The weights files of a plan on their way."""
+
+    def __init__(self, plan: Plan, sources: Sources, sink: Sink, journal: Journal, advance: Advance) -> None:
+        self._plan, self._sources, self._sink, self._journal = plan, sources, sink, journal
+        self._advance, self._lock = advance, threading.Lock()
+        self._largest_delta = 0.0
+
+    def write(self, threads: int) -> tuple[list[FileEntry], list[TensorRecord]]:
+        """Write all files, or take over what an earlier try finished; in the plan's order."""
+        written = {file.path: kept for file in self._plan.files if (kept := self._kept(file))}
+        rest = [file for file in self._plan.files if file.path not in written]
+        lanes = min(threads, len(rest), _MOST_FILES)
+        if rest:
+            with _Pieces(self._sources, lanes, threads - lanes) as pieces, ThreadPoolExecutor(lanes, "file") as pool:
+                writing = {pool.submit(self._write_file, file, pieces): file for file in rest}
+                try:
+                    for future in as_completed(writing):
+                        written[writing[future].path] = future.result()
+                        self._journal.add(*future.result())
+                except BaseException:
+                    pieces.stop()
+                    pool.shutdown(cancel_futures=True)
+                    raise
+        found = [written[file.path] for file in self._plan.files]
+        records = [record for _, of_file in found for record in of_file]
+        if not any(record.changed for record in records if record.action != "converted"):
+            raise NothingMerged(self._plan.base.name, self._largest_delta)
+        return [entry for entry, _ in found], records
+
+    def _kept(self, file: OutputFile) -> _Written | None:
+        kept = self._journal.finished(file.path)
+        if kept is None or not self._sink.holds(kept[0]):
+            return None
+        self._advance(file.size_bytes)
+        return kept
+
+    def _write_file(self, file: OutputFile, pieces: _Pieces) -> _Written:
+        writing = _FileWriting(file, self._plan, pieces, self._tell)
+        written = writing.run(self._sink)
+        with self._lock:
+            self._largest_delta = max(self._largest_delta, writing.largest_delta)
+        return written
+
+    def _tell(self, done_bytes: int) -> None:
+        with self._lock:
+            self._advance(done_bytes)
 
 
 def _sidecar_data(sidecar: Sidecar, sources: Sources) -> bytes:
@@ -162,58 +178,63 @@ class _Piece:
     scratch: Scratch | None = None
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(cast("Any", tensor.view(-1).view(torch.uint8).numpy()))
-
-
 _Task = Callable[[Scratch], _Piece]
 
 
 @final
 class _Pieces:
-    """Computes pieces on a pool of threads and gives them back in order, a few ahead of who takes them."""
+    """Computes pieces, and gives them to each file in order: a few ahead on a pool of threads, or at once where that has none."""
 
-    def __init__(self, sources: Sources, threads: int) -> None:
-        self._sources = sources
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="merge")
-        self._window = threads + _AHEAD
+    def __init__(self, sources: Sources, files: int, threads: int) -> None:
+        self._sources, self._factors = sources, FactorReader(sources.adapter)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="merge") if threads else None
+        self._window = -(-threads // max(1, files)) + _AHEAD
         self._free: queue.SimpleQueue[Scratch] = queue.SimpleQueue()
-        for _ in range(self._window + 1):
-            self._free.put(Scratch())
+        self._is_stopped = False
 
     def __enter__(self) -> _Pieces:
-        # One thread a piece: pieces are the parallelism, and torch's own pool would fight for the same cores.
-        self._torch_threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(self._torch_threads)
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def stop(self) -> None:
+        """No file gets another piece."""
+        self._is_stopped = True
 
     def of(self, segments: Iterable[Segment]) -> Generator[tuple[int, _Piece]]:
         """The pieces of segments in order, each with its segment's index. A segment has one at least; each is valid until the next one."""
+        tasks = ((index, task) for index, segment in enumerate(segments) for task in self._tasks(segment))
+        for index, piece in self._computed(tasks) if self._pool is None else self._ahead(self._pool, tasks):
+            yield index, piece
+            self._free.put(cast("Scratch", piece.scratch))
+            if self._is_stopped:
+                raise CancelledError
+
+    def _computed(self, tasks: Iterable[tuple[int, _Task]]) -> Iterator[tuple[int, _Piece]]:
+        return ((index, self._run(task)) for index, task in tasks)
+
+    def _ahead(self, pool: ThreadPoolExecutor, tasks: Iterable[tuple[int, _Task]]) -> Generator[tuple[int, _Piece]]:
         waiting: deque[tuple[int, Future[_Piece]]] = deque()
         try:
-            for index, segment in enumerate(segments):
-                for task in self._tasks(segment):
-                    waiting.append((index, self._pool.submit(self._run, task)))
-                    if len(waiting) >= self._window:
-                        yield from self._oldest(waiting)
+            for index, task in tasks:
+                waiting.append((index, pool.submit(self._run, task)))
+                if len(waiting) >= self._window:
+                    oldest, future = waiting.popleft()
+                    yield oldest, future.result()
             while waiting:
-                yield from self._oldest(waiting)
+                oldest, future = waiting.popleft()
+                yield oldest, future.result()
         finally:
             for _, future in waiting:
                 future.cancel()
 
-    def _oldest(self, waiting: deque[tuple[int, Future[_Piece]]]) -> Iterator[tuple[int, _Piece]]:
-        index, future = waiting.popleft()
-        piece = future.result()
-        yield index, piece
-        self._free.put(cast("Scratch", piece.scratch))
-
     def _run(self, task: _Task) -> _Piece:
-        scratch = self._free.get()
+        try:
+            scratch = self._free.get_nowait()
+        except queue.Empty:
+            scratch = Scratch()
         piece = task(scratch)
         piece.scratch = scratch
         return piece
@@ -227,79 +248,41 @@ class _Pieces:
             yield lambda scratch: _Piece(memoryview(b""))
 
     def _compute_tasks(self, segment: Compute) -> Iterator[_Task]:
-        factors = self._factors(segment.change)
+        tensor = _Prepared(lambda: ComputedTensor(segment.change, self._sources, self._factors))
         for first, last in segment.blocks():
-            yield _ComputeTask(self._sources, segment, factors, first, last)
 
-    def _factors(self, change: Change) -> list[Factors]:
-        dtype = sum_dtype(TORCH_DTYPES[change.target.dtype])
-        return [self._load(delta, dtype) for delta in change.deltas]
+            def compute(scratch: Scratch, first: int = first, last: int = last) -> _Piece:
+                block = tensor.get().block(first, last, scratch)
+                return _Piece(block.data, block.base, block.record)
+
+            yield compute
 
     def _copy_tasks(self, tensor: StoredTensor) -> Iterator[_Task]:
         for start in range(0, tensor.spec.size_bytes, BLOCK_BYTES):
             size = min(BLOCK_BYTES, tensor.spec.size_bytes - start)
 
             def copy(scratch: Scratch, start: int = start, size: int = size) -> _Piece:
-                data = _bytes_of(scratch.take("base", torch.uint8, 1, size))
+                data = scratch.take("base", size)
                 self._sources.base.read_into(tensor.file, tensor.offset_bytes + start, data)
                 return _Piece(data, base=data)
 
             yield copy
 
-    def _load(self, delta: LowRank, dtype: torch.dtype) -> Factors:
-        return Factors(
-            a=self._load_rows(delta.a, dtype),
-            b=self._load_rows(delta.b, dtype),
-            scale=delta.scale,
-            row=delta.row,
-            transposed=delta.transposed,
-        )
-
-    def _load_rows(self, rows: Rows, dtype: torch.dtype) -> Tensor:
-        spec, columns = rows.tensor.spec, rows.tensor.spec.shape[1]
-        values = torch.empty((rows.count, columns), dtype=TORCH_DTYPES[spec.dtype])
-        _read_elements(self._sources.adapter, rows.tensor, rows.start * columns, values.view(-1))
-        return values.to(dtype)
-
-
-def _read_elements(location: Location, tensor: StoredTensor, first: int, into: Tensor) -> None:
-    offset = tensor.offset_bytes + first * tensor.spec.dtype.itemsize_bytes
-    location.read_into(tensor.file, offset, _bytes_of(into))
-
 
 @final
-@dataclass(frozen=True, slots=True)
-class _ComputeTask:
-    """Rows `first … last` of a computed tensor."""
+class _Prepared:
+    """A tensor that is prepared by the first thread that comes to one of its blocks."""
 
-    sources: Sources
-    segment: Compute
-    factors: Sequence[Factors]
-    first: int
-    last: int
+    def __init__(self, make: Callable[[], ComputedTensor]) -> None:
+        self._make, self._lock = make, threading.Lock()
+        self._made: ComputedTensor | None = None
 
-    def __call__(self, scratch: Scratch) -> _Piece:
-        change = self.segment.change
-        source = change.source if change.source and change.source.spec.shape == change.target.shape else None
-        base = self._read(self.sources.base, source, "base", scratch)
-        replacement = self._read(self.sources.adapter, change.replacement, "replacement", scratch)
-        result = self._take("result", change.target.dtype, scratch)
-        block = Block(first=self.first, base=base, replacement=replacement, result=result)
-        record = merge_block(block, self.factors, scratch)
-        if self.first == 0 and replacement is None:
-            record += factor_record(self.factors)
-        return _Piece(_bytes_of(result), None if base is None else _bytes_of(base), record)
-
-    def _take(self, role: str, dtype: DType, scratch: Scratch) -> Tensor:
-        rows, columns = self.last - self.first, self.segment.row_elements
-        return scratch.take(role, TORCH_DTYPES[dtype], rows, columns)
-
-    def _read(self, location: Location, tensor: StoredTensor | None, role: str, scratch: Scratch) -> Tensor | None:
-        if tensor is None:
-            return None
-        values = self._take(role, tensor.spec.dtype, scratch)
-        _read_elements(location, tensor, self.first * self.segment.row_elements, values)
-        return values
+    def get(self) -> ComputedTensor:
+        """The tensor; waits while another thread prepares it."""
+        with self._lock:
+            if self._made is None:
+                self._made = self._make()
+            return self._made
 
 
 @final
@@ -356,7 +339,7 @@ class _FileWriting:
             self._check_base(source, Digest(hasher.hexdigest()))
         if isinstance(segment, Compute):
             self._record(segment.change, total)
-        self.checksums[_target(segment).name] = checksum
+        self.checksums[segment.target.name] = checksum
 
     def _check_base(self, source: StoredTensor, found: Digest) -> None:
         expected = self.plan.base.fingerprint.tensors[source.spec.name]
@@ -367,7 +350,7 @@ class _FileWriting:
         if not total.finite:
             raise NotFinite(change.target.name, change.target.dtype.long_name)
         has_base = change.target.name in self.plan.base.fingerprint.tensors
-        kept = "replaced" if change.replacement else "merged" if change.deltas else "converted"
+        kept = "replaced" if change.replacement else "merged" if change.steps else "converted"
         self.largest_delta = max(self.largest_delta, total.largest_delta)
         self.records.append(
             TensorRecord(
@@ -376,13 +359,10 @@ class _FileWriting:
                 base_norm=_rounded(total.base_square**0.5),
                 delta_norm=_rounded(total.delta_square**0.5),
                 changed=_rounded(total.changed / total.elements if total.elements else 0.0),
+                coefficients=total.coefficients,
                 lost=_rounded((total.reached - total.changed) / total.reached if total.reached else 0.0),
             )
         )
-
-
-def _target(segment: Copy | Compute) -> TensorSpec:
-    return segment.tensor.spec if isinstance(segment, Copy) else segment.change.target
 
 
 def _rounded(value: float) -> float:

@@ -93,4 +93,5 @@ class Journal:
 
 def _parse(path: str, found: Any) -> _Finished:
     entry = FileEntry(path=path, size_bytes=found["size_bytes"], digest=Digest(found["digest"]))
-    return entry, tuple(TensorRecord(**record) for record in found["records"])
+    records = ({**record, "coefficients": tuple(record["coefficients"])} for record in found["records"])
+    return entry, tuple(TensorRecord(**record) for record in records)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from registry.changes import Change, Resolution
+from registry.changes import Change, LowRank, Resolution, Tuned
 from registry.errors import InvalidRecipe
 from registry.formats.adapter import TOKENIZER_FILES, VOCABULARY_FILES
 from registry.formats.base_model import INDEX_FILE, LITGPT_WEIGHTS, TEMPLATE_FOLDER
+from registry.formats.litgpt import MODEL_CONFIG_FILE
 from registry.formats.peft import own_files
 from registry.manifest import BaseFormat, BaseModel, Recipe
 from registry.tensors import DType, SafetensorsHeader, StoredTensor, TensorSpec, layout_safetensors
@@ -21,9 +22,11 @@ from registry.torchzip import Descriptor, Directory, Literal, Storage, ZipLayout
 
 BLOCK_BYTES = 4 << 20
 PROVENANCE_FILE = "merge.json"
-# Resident memory, measured with benchmarks/merge.py: of an interpreter with torch loaded, and of the blocks of each thread.
-_RUNTIME_BYTES = 290 << 20
-_THREAD_BYTES = 12 << 20
+# Resident memory, as benchmarks/performance.py sees it: of an interpreter without and with torch, and of the blocks of each thread.
+_PLAIN_BYTES, _THREAD_BYTES = 75 << 20, 20 << 20
+_TORCH_BYTES, _DENSE_THREAD_BYTES = 300 << 20, 60 << 20
+# Tuners whose arithmetic has whole matrices in memory: so many, in float64.
+_WHOLE_MATRICES = {"kasa": 4, "osf": 4, "fourierft": 6, "frod": 4, "randlora": 3}
 
 _TOKENIZER_FILES = frozenset({
     *TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "vocab.txt", "merges.txt", "sentencepiece.bpe.model",
@@ -38,14 +41,15 @@ _FROM_ADAPTER = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """The bytes of a base tensor, as they are."""
+    """The bytes of a base tensor, as they are, under the name in `target`."""
 
     tensor: StoredTensor
+    target: TensorSpec
 
     @property
     def size_bytes(self) -> int:
         """Bytes in the output."""
-        return self.tensor.spec.size_bytes
+        return self.target.size_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,20 +59,19 @@ class Compute:
     change: Change
 
     @property
-    def size_bytes(self) -> int:
-        """Bytes in the output."""
-        return self.change.target.size_bytes
+    def target(self) -> TensorSpec:
+        """Name, dtype and shape of the result."""
+        return self.change.target
 
     @property
-    def row_elements(self) -> int:
-        """Elements of a row: the last dimension of a matrix; 1 for vectors, scalars and tensors without deltas."""
-        shape = self.change.target.shape
-        return shape[1] if self.change.deltas and len(shape) == 2 else 1
+    def size_bytes(self) -> int:
+        """Bytes in the output."""
+        return self.target.size_bytes
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """The grid: first row and one past the last, in order. A block is at most 4 MiB in float32, but one row at least."""
-        rows = self.change.target.elements // self.row_elements if self.row_elements else 0
-        step = max(1, BLOCK_BYTES // (4 * self.row_elements)) if rows else 1
+        rows, columns = self.change.shape
+        step = max(1, BLOCK_BYTES // (4 * columns)) if rows else 1
         for start in range(0, rows, step):
             yield start, min(start + step, rows)
 
@@ -128,17 +131,32 @@ class Plan:
         return sum(file.size_bytes for file in self.files)
 
     def peak_bytes(self, threads: int) -> int:
-        """About how much memory executing takes: the runtime, each thread's blocks, and twice the factors of one tensor in float32."""
-        factors = (
-            sum(4 * rows.count * rows.tensor.spec.shape[1] for delta in change.deltas for rows in (delta.a, delta.b))
-            for change in self.computed
-        )
-        return _RUNTIME_BYTES + threads * _THREAD_BYTES + 2 * max(factors, default=0)
+        """About how much memory executing takes: the interpreter, each thread's blocks, and what the largest tensor needs besides."""
+        largest = max(map(_needed_bytes, self.computed), default=0)
+        if all(map(_is_plain, self.computed)):
+            return _PLAIN_BYTES + threads * _THREAD_BYTES + largest
+        return _TORCH_BYTES + threads * _DENSE_THREAD_BYTES + largest
 
     @property
     def computed(self) -> tuple[Change, ...]:
         """Every change, in the order of the output."""
         return tuple(s.change for file in self.files for s in file.segments if isinstance(s, Compute))
+
+
+def _is_plain(change: Change) -> bool:
+    """Whether a change is a low-rank sum with a result of 16 bits, which needs no torch."""
+    return change.target.dtype in (DType.BF16, DType.F16) and all(isinstance(step, LowRank) for step in change.steps)
+
+
+def _needed_bytes(change: Change) -> int:
+    """Factors, as read and as prepared, and whole matrices."""
+    needed = 0
+    for step in change.steps:
+        if isinstance(step, LowRank):
+            needed += sum(3 * 8 * each.rows * each.columns for each in (step.left, step.right))
+        elif isinstance(step, Tuned):
+            needed += 8 * change.target.elements * (2 * step.transposed + _WHOLE_MATRICES.get(step.method, 0))
+    return needed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,8 +181,7 @@ def make_plan(inputs: Inputs) -> Plan:
     dtype = inputs.recipe.dtype
     if dtype is not None and not dtype.is_mergeable:
         raise InvalidRecipe("dtype", dtype.long_name, "expected float64, float32, float16 or bfloat16")
-    changes = {change.target.name: change for change in inputs.resolution.changes}
-    placed = _place(inputs.base, changes, dtype)
+    placed = _place(inputs.base, inputs.resolution, dtype)
     if inputs.base.format is BaseFormat.LITGPT:
         files: tuple[OutputFile, ...] = (_litgpt_file(placed[LITGPT_WEIGHTS]),)
     else:
@@ -173,38 +190,38 @@ def make_plan(inputs: Inputs) -> Plan:
     return Plan(recipe=inputs.recipe, base=inputs.base, files=files, sidecars=sidecars)
 
 
-def _place(base: BaseModel, changes: Mapping[str, Change], dtype: DType | None) -> dict[str, list[Copy | Compute]]:
+def _place(base: BaseModel, resolution: Resolution, dtype: DType | None) -> dict[str, list[Copy | Compute]]:
     """Every tensor of the result in its file: base tensors where they were, new ones after the rest of their sibling's file."""
+    changes = {change.target.name: change for change in resolution.changes}
     placed: dict[str, list[Copy | Compute]] = {}
     for tensor in base.tensors:
-        segments = placed.setdefault(tensor.file, [])
-        change = changes.get(tensor.spec.name)
-        if change is None and dtype not in (None, tensor.spec.dtype) and tensor.spec.dtype.is_mergeable:
-            change = Change(target=tensor.spec, source=tensor)
-        segments.append(Copy(tensor) if change is None else Compute(_with_dtype(change, dtype)))
-    known = {tensor.spec.name for tensor in base.tensors}
+        if tensor.spec.name not in resolution.removed:
+            change = changes.get(tensor.spec.name, Change(target=tensor.spec, source=tensor))
+            placed.setdefault(tensor.file, []).append(_segment(change, dtype))
+    known = {tensor.spec.name: tensor.file for tensor in base.tensors}
     for name, change in changes.items():
         if name not in known:
-            sibling = change.source.file if change.source else base.tensors[-1].file
-            placed[sibling].append(Compute(_with_dtype(change, dtype)))
+            sibling = change.source.file if change.source else _sibling_file(name, known)
+            placed.setdefault(sibling, []).append(_segment(change, dtype))
     return placed
 
 
-def _with_dtype(change: Change, dtype: DType | None) -> Change:
-    if dtype is None:
-        return change
-    target = TensorSpec(change.target.name, dtype, change.target.shape)
-    return Change(target=target, source=change.source, replacement=change.replacement, deltas=change.deltas)
+def _sibling_file(name: str, files: Mapping[str, str]) -> str:
+    """Where a tensor made of nothing goes: to another tensor of its module, else to the end."""
+    module = name.rpartition(".")[0]
+    return files.get(f"{module}.weight", list(files.values())[-1])
 
 
-def _spec(segment: Copy | Compute) -> TensorSpec:
-    return segment.tensor.spec if isinstance(segment, Copy) else segment.change.target
+def _segment(change: Change, dtype: DType | None) -> Copy | Compute:
+    if dtype is not None and change.target.dtype.is_mergeable:
+        change = replace(change, target=TensorSpec(change.target.name, dtype, change.target.shape))
+    return Copy(change.source, change.target) if change.source and change.is_copy else Compute(change)
 
 
 def _safetensors_file(inputs: Inputs, path: str, segments: Sequence[Copy | Compute]) -> OutputFile:
     """A file with the base's own head where nothing in it changes, so that untouched files stay the same to the byte."""
     raw, header = inputs.heads[path]
-    specs = [_spec(segment) for segment in segments]
+    specs = [segment.target for segment in segments]
     is_same = specs == [tensor.spec for tensor in header.tensors] and header.metadata.get("format") == "pt"
     head = raw if is_same else layout_safetensors(specs, {**header.metadata, "format": "pt"}, path)[0]
     size = len(head) + sum(segment.size_bytes for segment in segments)
@@ -212,8 +229,8 @@ def _safetensors_file(inputs: Inputs, path: str, segments: Sequence[Copy | Compu
 
 
 def _litgpt_file(segments: Sequence[Copy | Compute]) -> OutputFile:
-    by_name = {_spec(segment).name: segment for segment in segments}
-    layout = layout_torch_zip([_spec(segment) for segment in segments], _shared_storage(segments), LITGPT_WEIGHTS)
+    by_name = {segment.target.name: segment for segment in segments}
+    layout = layout_torch_zip([segment.target for segment in segments], _shared_storage(segments), LITGPT_WEIGHTS)
     filled = tuple(by_name[piece.name] if isinstance(piece, Storage) else piece for piece in layout.pieces)
     return OutputFile(path=LITGPT_WEIGHTS, size_bytes=layout.size_bytes, segments=filled, layout=layout)
 
@@ -224,7 +241,7 @@ def _shared_storage(segments: Sequence[Copy | Compute]) -> dict[str, str]:
     shared = {}
     for segment in segments:
         if isinstance(segment, Copy):
-            spec = segment.tensor.spec
+            spec = segment.target
             key = (segment.tensor.offset_bytes, TensorSpec("", spec.dtype, spec.shape))
             if spec.elements and first.setdefault(key, spec.name) != spec.name:
                 shared[spec.name] = first[key]
@@ -274,7 +291,9 @@ def _config_files(inputs: Inputs) -> dict[str, bytes]:
     """Configuration files that must say something else than the base's."""
     edits = dict(inputs.resolution.config)
     dtype = inputs.recipe.dtype
-    if inputs.base.format is BaseFormat.LITGPT or (not edits and dtype is None):
+    if inputs.base.format is BaseFormat.LITGPT:
+        return {MODEL_CONFIG_FILE: _yaml({**inputs.base.config, **edits})} if edits else {}
+    if not edits and dtype is None:
         return {}
     config = json.loads(json.dumps(inputs.base.config))
     nested = config.get("text_config")
@@ -288,8 +307,15 @@ def _config_files(inputs: Inputs) -> dict[str, bytes]:
     return {"config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}
 
 
+def _yaml(config: Mapping[str, Any]) -> bytes:
+    """As litgpt writes it."""
+    import yaml  # noqa: PLC0415 - few plans need it
+
+    return yaml.safe_dump(dict(config), sort_keys=True).encode()
+
+
 def _index(files: Sequence[OutputFile]) -> bytes:
-    tensors = [(_spec(s), file.path) for file in files for s in file.segments if isinstance(s, (Copy, Compute))]
+    tensors = [(s.target, file.path) for file in files for s in file.segments if isinstance(s, (Copy, Compute))]
     index = {
         "metadata": {"total_size": sum(spec.size_bytes for spec, _ in tensors)},
         "weight_map": {spec.name: path for spec, path in sorted(tensors, key=lambda pair: pair[0].name)},

@@ -15,7 +15,7 @@ from typing import IO, Any, Protocol, cast, final
 
 from blake3 import blake3
 
-from registry.disk import Translating, sync_folder
+from registry.disk import DurableFile, Translating, sync_folder
 from registry.errors import Conflict, DamagedBlob, StorageFailed
 from registry.locations import local_folder, open_filesystem
 from registry.manifest import FileEntry
@@ -154,8 +154,9 @@ class FolderSink:
         return False
 
     def create(self, path: str, size_bytes: int) -> SinkWriter:
+        del size_bytes
         self._files.add(self._partial / path)
-        return _FolderWriter(self._partial / path, path, size_bytes)
+        return _FolderWriter(self._partial / path, path)
 
     def publish(self) -> None:
         with Translating(self.url):
@@ -177,38 +178,24 @@ class FolderSink:
 
 @final
 class _FolderWriter:
-    def __init__(self, target: Path, path: str, size_bytes: int) -> None:
+    def __init__(self, target: Path, path: str) -> None:
         self._target, self._path, self._url = target, path, str(target)
         self._hasher, self._size = blake3(), 0
         with Translating(self._url):
             target.parent.mkdir(parents=True, exist_ok=True)
-            self._file: IO[bytes] | None = target.open("wb", buffering=0)
-        if size_bytes:
-            self._allocate(self._file.fileno(), size_bytes)
-
-    def _allocate(self, descriptor: int, size_bytes: int) -> None:
-        """Reserve the room now: a full disk shows before hours of work, not after."""
-        try:
-            with Translating(self._url), suppress(NotImplementedError, AttributeError):
-                os.posix_fallocate(descriptor, 0, size_bytes)
-        except StorageFailed:
-            self.cancel()
-            raise
+            self._file: DurableFile | None = DurableFile(target)
 
     def write(self, data: bytes | memoryview) -> None:
         view = memoryview(data).cast("B")
         with Translating(self._url):
-            done = 0
-            while done < len(view):
-                done += cast("IO[bytes]", self._file).write(view[done:])
+            cast("DurableFile", self._file).write(view)
         self._hasher.update(view)
         self._size += len(view)
 
     def commit(self) -> FileEntry:
         with Translating(self._url):
-            file = cast("IO[bytes]", self._file)
-            file.truncate(self._size)
-            os.fsync(file.fileno())
+            file = cast("DurableFile", self._file)
+            file.sync()
             file.close()
             self._file = None
         return FileEntry(path=self._path, size_bytes=self._size, digest=Digest(self._hasher.hexdigest()))

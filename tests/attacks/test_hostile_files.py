@@ -191,10 +191,10 @@ def test_an_absurd_configuration_is_an_error_or_not_mergeable(
     tiny.write_json(adapter / "adapter_config.json", config | changes)
     try:
         checkpoint = ckpt.register(str(adapter), Registration(base=str(base))).registered[0].checkpoint
-        changes_of_the_base = ckpt.plan(checkpoint).examined.resolution.changes
+        changes_of_the_base = ckpt.plan(checkpoint).examined[0].resolution.changes
     except RegistryError:
         return
-    assert {delta.scale for change in changes_of_the_base for delta in change.deltas} == {2.0}
+    assert {delta.scale for change in changes_of_the_base for delta in change.steps} == {2.0}
 
 
 @pytest.mark.parametrize(

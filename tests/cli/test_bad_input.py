@@ -37,7 +37,8 @@ def test_paths_that_are_not_checkpoints(ckpt: Ckpt, tmp_path: Path, run_folder: 
     (tmp_path / "empty").mkdir()
     failed(ckpt("register", "missing"), 3, "missing: no such file or folder")
     failed(ckpt("register", "empty"), 6, "an empty folder", "PEFT or litgpt")
-    failed(ckpt("register", "tiny-llama"), 6, "adapter_config.json")
+    failed(ckpt("register", "tiny-llama/config.json"), 6, "adapter_config.json")
+    failed(ckpt("register", "tiny-llama", "--note", "good"), 2, "whole model", "base model")
     failed(ckpt("base", "add", str(run_folder / "checkpoint-40")), 6, "an adapter, not a base model")
     failed(ckpt("base", "add", "empty"), 6, "an empty folder")
 
@@ -114,10 +115,11 @@ def test_other_weights_of_the_same_shape_are_refused(registered: Ckpt, tmp_path:
 
 def test_what_fits_but_cannot_be_merged_is_said_so(ckpt: Ckpt, run_folder: Path) -> None:
     config = run_folder / "checkpoint-40" / "adapter_config.json"
-    config.write_text(config.read_text().replace('"use_dora": false', '"use_dora": true'))
+    fields = json.loads(config.read_text()) | {"alora_invocation_tokens": [1, 2]}
+    config.write_text(json.dumps(fields))
     result = ckpt("register", str(run_folder / "checkpoint-40"))
     assert result.code == 0
-    assert "cannot merge it: dora" in result.err
+    assert "cannot merge it: alora_invocation_tokens" in result.err
     failed(ckpt("merge", "support-bot"), 4, "cannot be merged into tiny-llama", "method_not_mergeable")
     assert ckpt("show", "support-bot", "--json").json["compatibility"]["verdict"] == "refused"
 

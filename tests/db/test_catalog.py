@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 from factories import NOON, checkpoint, digest
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine, event, select
 
 from registry.db.catalog import Catalog
 from registry.db.schema import reading, writing
+from registry.db.tables import MergedRow
 from registry.errors import (
     Ambiguous,
     Conflict,
@@ -28,7 +29,19 @@ from registry.errors import (
     UnknownEnvironment,
     UnknownMerged,
 )
-from registry.manifest import BaseModel, Checkpoint, FileEntry, Merged, Metric, Note, Recipe, RecipeInput, Shipment
+from registry.manifest import (
+    BaseModel,
+    Checkpoint,
+    FileEntry,
+    Merged,
+    Metric,
+    Note,
+    Origin,
+    Recipe,
+    RecipeInput,
+    Shipment,
+    digest_of,
+)
 from registry.refs import AdapterName, CheckpointRef, Digest
 from registry.tensors import DType
 
@@ -145,7 +158,7 @@ class TestCheckpoints:
                 asked.clear()
                 Catalog(session).checkpoints.all()
                 counts.append(len(asked))
-        assert counts == [6, 6]
+        assert counts == [8, 8]
 
     def test_processes_that_add_at_once_lose_nothing(self, database: Path, engine: Engine) -> None:
         program = (
@@ -175,6 +188,31 @@ class TestCheckpoints:
             assert found.events.verify() == 50
 
 
+class TestOrigins:
+    def test_what_a_checkpoint_was_made_of_comes_back_in_order(self, catalog: Catalog) -> None:
+        one, two = add(catalog, 2)
+        origin = Origin(action="combine", parents=(two.ref, one.ref), detail={"method": "cat", "weights": [0.5, 0.5]})
+        (made,) = add(catalog, adapter="mix", origin=origin)
+        assert made.origin == origin
+        assert catalog.checkpoints.all()[-1].origin is None
+        assert (catalog.checkpoints.children(one), catalog.checkpoints.children(made)) == ([made.ref], [])
+
+    def test_a_parent_stays_as_long_as_its_children(self, catalog: Catalog) -> None:
+        (one,) = add(catalog)
+        (made,) = add(catalog, adapter="mix", origin=Origin(action="combine", parents=(one.ref,)))
+        with pytest.raises(InUse, match=f"{made.ref}, which was made of it"):
+            catalog.checkpoints.remove(one)
+        catalog.checkpoints.remove(made)
+        catalog.checkpoints.remove(one)
+        assert catalog.checkpoints.count() == 0
+
+    def test_parents_must_be_there(self, catalog: Catalog) -> None:
+        (one,) = add(catalog)
+        catalog.checkpoints.remove(one)
+        with pytest.raises(UnknownAdapter):
+            add(catalog, adapter="mix", origin=Origin(action="combine", parents=(one.ref,)))
+
+
 class TestResolving:
     def test_newest_version_and_step(self, catalog: Catalog) -> None:
         for step in (10, 20, 10, 30):
@@ -182,6 +220,28 @@ class TestResolving:
         assert resolve(catalog, "support-bot") == "support-bot@v4"
         assert resolve(catalog, "support-bot@v2") == "support-bot@v2"
         assert resolve(catalog, "support-bot@step:10") == "support-bot@v3"
+
+    def test_a_run_is_meant_by_name_or_else_by_number(self, catalog: Catalog) -> None:
+        for run in ("first", "2", "third", "first"):
+            add(catalog, run=run)
+        assert resolve(catalog, "support-bot@run:first") == "support-bot@v4"
+        assert resolve(catalog, "support-bot@run:1") == "support-bot@v4"
+        assert resolve(catalog, "support-bot@run:2") == "support-bot@v2"
+        assert resolve(catalog, "support-bot@run:3") == "support-bot@v3"
+        for missing in ("run:4", "run:thrid"):
+            with pytest.raises(UnknownCheckpoint) as caught:
+                resolve(catalog, f"support-bot@{missing}")
+        assert "support-bot@run:third" in caught.value.near
+
+    def test_the_trail_of_a_checkpoint_is_its_run_so_far(self, catalog: Catalog) -> None:
+        for step in (20, 10, None, 30):
+            add(catalog, step=step)
+        add(catalog, step=15, run="other")
+        trail = {each.version: catalog.checkpoints.trail(each) for each in catalog.checkpoints.all()}
+        assert [each.version for each in trail[4]] == [2, 1, 4]
+        assert [each.version for each in trail[3]] == [2, 1, 4, 3]
+        assert [each.version for each in trail[2]] == [2]
+        assert [each.version for each in trail[5]] == [5]
 
     def test_a_label_is_an_alias_and_else_an_environment(self, catalog: Catalog) -> None:
         first, second, third = add(catalog, 3)
@@ -351,6 +411,24 @@ class TestMerged:
         with pytest.raises(UnknownBase):
             catalog.merged.add(merged(replace(known, base=digest("other base"))))
 
+    def test_options_of_a_recipe_come_back(self, catalog: Catalog) -> None:
+        one, two = add(catalog, 2)
+        recipe = replace(
+            merged(one, two).recipe, method="dare_ties", options={"density": 0.5, "seed": 7, "normalize": True}
+        )
+        made = catalog.merged.add(replace(merged(one, two), recipe=recipe))
+        assert made.recipe == recipe
+
+    def test_a_recipe_from_before_there_were_options_is_found_by_its_digest(self, catalog: Catalog) -> None:
+        (one,) = add(catalog)
+        old = replace(merged(one), recipe=replace(merged(one).recipe, formula=1))
+        catalog.merged.add(old)
+        (row,) = catalog.merged._session.scalars(select(MergedRow))
+        row.recipe = {key: value for key, value in row.recipe.items() if key != "options"}
+        catalog.merged._session.flush()
+        assert catalog.merged.find(old.recipe.digest) == old
+        assert old.recipe.digest == digest_of(row.recipe)
+
     def test_a_recipe_has_one_result(self, engine: Engine) -> None:
         with writing(engine) as session:
             made = Catalog(session).merged.add(merged(*add(Catalog(session))))
@@ -380,7 +458,7 @@ class TestMerged:
         assert made.locations == ("/out", "", "/copy")
         assert {digest("model.safetensors")} <= catalog.blobs.needed()
         with pytest.raises(UnknownMerged):
-            catalog.merged.add_location(replace(made, recipe=replace(made.recipe, formula=2)), "")
+            catalog.merged.add_location(replace(made, recipe=replace(made.recipe, formula=1)), "")
 
 
 class TestShipments:

@@ -128,6 +128,23 @@ def test_an_older_database_is_copied_before_the_upgrade(database: Path, tmp_path
     assert copy.name.startswith("ckpt-0000-2")
 
 
+def test_a_database_from_before_origins_keeps_its_checkpoints(database: Path, engine: Engine, tmp_path: Path) -> None:
+    with writing(engine) as session:
+        before = Catalog(session).checkpoints.add(checkpoint())
+    engine.dispose()
+    with closing(sqlite3.connect(database)) as connection:
+        connection.executescript(
+            "DROP TABLE origins; DROP TABLE parents; UPDATE alembic_version SET version_num = '0001'"
+        )
+    upgraded = prepare(f"sqlite:///{database}", tmp_path / "backups")
+    with reading(upgraded) as session:
+        assert Catalog(session).checkpoints.all() == [before]
+        assert before.origin is None
+    upgraded.dispose()
+    (copy,) = (tmp_path / "backups").iterdir()
+    assert copy.name.startswith("ckpt-0001-")
+
+
 def test_a_backup_holds_what_is_committed(database: Path, engine: Engine, tmp_path: Path) -> None:
     with writing(engine) as session:
         Catalog(session).checkpoints.add(checkpoint())

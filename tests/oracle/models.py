@@ -15,12 +15,17 @@ from transformers import (
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    PhimoeConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 ROWS = 64
@@ -40,11 +45,28 @@ _FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "neox": (GPTNeoXConfig, {**_SIZES, "tie_word_embeddings": False}),  # fused query, key and value
 }
 FAMILIES = sorted(_FAMILIES)
+_EXPERTS = {**_LLAMA, "num_experts_per_tok": 2}
+_MIXTURES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "mixtral": (MixtralConfig, {**_EXPERTS, "num_local_experts": 3}),  # names and layout on disk differ from those in memory
+    "qwen2_moe": (  # with a shared expert
+        Qwen2MoeConfig,
+        {**_EXPERTS, "num_experts": 3, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
+    ),
+    "phimoe": (PhimoeConfig, {**_EXPERTS, "num_local_experts": 3}),  # the router is renamed, too
+    "qwen3_moe": (Qwen3MoeConfig, {**_EXPERTS, "num_experts": 3, "moe_intermediate_size": 24, "head_dim": 8}),
+    "square_moe": (Qwen3MoeConfig, {**_EXPERTS, "num_experts": 3, "moe_intermediate_size": 32, "head_dim": 8}),
+    "gpt_oss": (  # one tensor for all experts, transposed, gates interleaved; the down projection is square
+        GptOssConfig,
+        {**_EXPERTS, "num_local_experts": 3, "head_dim": 8, "intermediate_size": 32, "layer_types": ["full_attention"] * 2,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    ),
+}  # fmt: skip
+MIXTURES = sorted(_MIXTURES)
 
 
 def make_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A model with random weights; norms and biases are random too, so that an ignored one shows."""
-    config_class, sizes = _FAMILIES[family]
+    config_class, sizes = (_FAMILIES | _MIXTURES)[family]
     model = AutoModelForCausalLM.from_config(config_class(**{**sizes, **changes}), dtype=dtype)
     randomise(model.parameters(), seed=len(family))
     return model

@@ -11,7 +11,7 @@ import pytest
 import torch
 from merging import Bench, assert_rounded_once, read_weights, steps
 from models import FAMILIES, grow, load_model, logits, lora, make_adapter, make_bare_adapter
-from peft import IA3Config, LoHaConfig, PeftConfig, PeftModel
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -375,24 +375,6 @@ def test_patterns_whose_order_was_lost_are_refused(base_model: BaseMaker, case: 
     base = base_model("llama")
     make_adapter(base, case.adapter, lora(alpha_pattern={"up_proj": 5, r"layers\.1\..*": 9}))
     assert case.bench.findings(case.adapter, base).keys() == {"pattern_ambiguous"}
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        lora(use_dora=True),
-        lora(init_lora_weights="pissa"),
-        IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
-        LoHaConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
-    ],
-    ids=["dora", "pissa", "ia3", "loha"],
-)
-def test_what_is_not_merged_is_recorded(base_model: BaseMaker, case: Case, config: PeftConfig) -> None:
-    base = base_model("llama")
-    make_adapter(base, case.adapter, config)
-    (finding,) = case.bench.findings(case.adapter, base).values()
-    assert (finding.code in {"method_not_mergeable", "initialiser_changes_base"}, finding.fits) == (True, True)
-    assert case.bench.register(case.adapter, base).manifest.parameters > 0
 
 
 # -- the directory

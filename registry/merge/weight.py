@@ -1,0 +1,63 @@
+"""A weight whose values are made when they are asked for, a few rows at a time: what tuners and combinations are functions of.
+
+All values are float64 `[rows, columns]`, so that after everything has been added up one rounding to the weight's own dtype is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, final
+
+import torch
+from torch import Tensor
+
+
+class Weight(Protocol):
+    """The values of a matrix, to be read in any order and as often as needed, from several threads at once."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Rows `first … last`, float64 `[last - first, columns]`; the tensor is the caller's to change."""
+
+
+@final
+class RowWise:
+    """Each row follows from the same row of another weight: `change` gets rows, which it may change in place, and the number of the first."""
+
+    def __init__(self, before: Weight, change: Callable[[Tensor, int], Tensor]) -> None:
+        self._before, self._change = before, change
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._before.shape
+
+    def rows(self, first: int, last: int) -> Tensor:
+        return self._change(self._before.rows(first, last), first)
+
+
+@final
+class Dense:
+    """A weight whose values are all there: `[rows, columns]` in any float dtype."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._values.shape[0], self._values.shape[1]
+
+    def rows(self, first: int, last: int) -> Tensor:
+        return self._values[first:last].to(torch.float64, copy=True)
+
+
+def whole(weight: Weight) -> Tensor:
+    """All values, float64 `[rows, columns]`: for the few tuners whose arithmetic needs the matrix at once."""
+    return weight.rows(0, weight.shape[0])
+
+
+def transposed(weight: Weight) -> Weight:
+    """The transpose, with all values in memory."""
+    return Dense(whole(weight).T)
