@@ -112,7 +112,7 @@ class _Weights:
         rest = [file for file in self._plan.files if file.path not in written]
         lanes = min(threads, len(rest), _MOST_FILES)
         if rest:
-            with _Pieces(self._sources, lanes, threads - lanes) as pieces, ThreadPoolExecutor(lanes, "file") as pool:
+            with _Pieces(self._sources, len(rest), threads) as pieces, ThreadPoolExecutor(lanes, "file") as pool:
                 writing = {pool.submit(self._write_file, file, pieces): file for file in rest}
                 try:
                     for future in as_completed(writing):
@@ -140,6 +140,7 @@ class _Weights:
         written = writing.run(self._sink)
         with self._lock:
             self._largest_delta = max(self._largest_delta, writing.largest_delta)
+            pieces.finish_file()
         return written
 
     def _tell(self, done_bytes: int) -> None:
@@ -183,12 +184,13 @@ _Task = Callable[[Scratch], _Piece]
 
 @final
 class _Pieces:
-    """Computes pieces, and gives them to each file in order: a few ahead on a pool of threads, or at once where that has none."""
+    """Computes pieces, and gives them to each file in order. A file's thread computes them itself until there are fewer files left than threads;
+    then the idle ones compute a few ahead for it."""
 
     def __init__(self, sources: Sources, files: int, threads: int) -> None:
         self._sources, self._factors = sources, FactorReader(sources.adapter)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="merge") if threads else None
-        self._window = -(-threads // max(1, files)) + _AHEAD
+        self._files, self._threads = files, threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="merge")
         self._free: queue.SimpleQueue[Scratch] = queue.SimpleQueue()
         self._is_stopped = False
 
@@ -196,31 +198,41 @@ class _Pieces:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(cancel_futures=True)
+
+    def finish_file(self) -> None:
+        """One file fewer is to be written."""
+        self._files -= 1
 
     def stop(self) -> None:
         """No file gets another piece."""
         self._is_stopped = True
 
+    @property
+    def _window(self) -> int:
+        """How many pieces are computed ahead for a file; 0 while no thread is idle."""
+        files = min(self._files, _MOST_FILES)
+        return -(-(self._threads - files) // files) + _AHEAD if 0 < files < self._threads else 0
+
     def of(self, segments: Iterable[Segment]) -> Generator[tuple[int, _Piece]]:
         """The pieces of segments in order, each with its segment's index. A segment has one at least; each is valid until the next one."""
         tasks = ((index, task) for index, segment in enumerate(segments) for task in self._tasks(segment))
-        for index, piece in self._computed(tasks) if self._pool is None else self._ahead(self._pool, tasks):
+        for index, piece in self._in_order(tasks):
             yield index, piece
             self._free.put(cast("Scratch", piece.scratch))
             if self._is_stopped:
                 raise CancelledError
 
-    def _computed(self, tasks: Iterable[tuple[int, _Task]]) -> Iterator[tuple[int, _Piece]]:
-        return ((index, self._run(task)) for index, task in tasks)
-
-    def _ahead(self, pool: ThreadPoolExecutor, tasks: Iterable[tuple[int, _Task]]) -> Generator[tuple[int, _Piece]]:
+    def _in_order(self, tasks: Iterable[tuple[int, _Task]]) -> Generator[tuple[int, _Piece]]:
         waiting: deque[tuple[int, Future[_Piece]]] = deque()
         try:
             for index, task in tasks:
-                waiting.append((index, pool.submit(self._run, task)))
-                if len(waiting) >= self._window:
+                window = self._window
+                if not window and not waiting:
+                    yield index, self._run(task)
+                    continue
+                waiting.append((index, self._pool.submit(self._run, task)))
+                if len(waiting) >= window:
                     oldest, future = waiting.popleft()
                     yield oldest, future.result()
             while waiting:
