@@ -6,7 +6,6 @@ import os
 import secrets
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import IO, final
 
 from registry.errors import Conflict, RegistryError, StorageFailed
 
-EARLY_BYTES = 64 << 20
+EARLY_BYTES = 8 << 20
 # The errors of object stores' clients are known by their package: importing those to name the classes would cost every start-up.
 _CLIENTS = frozenset(["botocore", "aiohttp", "gcsfs", "azure"])
 
@@ -48,47 +47,31 @@ def sync(file: IO[bytes]) -> None:
 class DurableFile:
     """A new file that is written from start to end. While more is being written, what is there already goes to the disk.
 
-    So the disk works all the time, and little is left for `sync`. An error that the disk reports meanwhile is raised there.
+    So the disk works all the time, and little is left for `sync`.
     """
 
     def __init__(self, path: Path, mode: str = "wb") -> None:
         self._file: IO[bytes] = path.open(mode, buffering=0)
-        self._pending_bytes = 0
-        self._early: threading.Thread | None = None
-        self._error: OSError | None = None
+        self._written = self._sent = 0
 
     def write(self, data: memoryview) -> None:
         """Append bytes. They may be reused afterwards."""
         done = 0
         while done < len(data):
             done += self._file.write(data[done:])
-        self._pending_bytes += len(data)
-        if self._pending_bytes >= EARLY_BYTES and (self._early is None or not self._early.is_alive()):
-            self._pending_bytes = 0
-            self._early = threading.Thread(target=self._sync_early, daemon=True)
-            self._early.start()
-
-    def _sync_early(self) -> None:
-        try:
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            self._error = error
+        self._written += len(data)
+        if self._written - self._sent >= EARLY_BYTES and hasattr(os, "posix_fadvise"):
+            # Linux starts to write back what it is told will not be needed, and drops only what is on the disk by then.
+            os.posix_fadvise(self._file.fileno(), self._sent, self._written - self._sent, os.POSIX_FADV_DONTNEED)
+            self._sent = self._written
 
     def sync(self) -> None:
         """Make all that was written durable."""
-        self._wait()
-        if self._error is not None:  # the system tells of a failed write-back once
-            raise self._error
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close it. Harmless at any time."""
-        self._wait()
         self._file.close()
-
-    def _wait(self) -> None:
-        if self._early is not None:
-            self._early.join()
 
 
 def sync_folder(folder: Path) -> None:
