@@ -29,6 +29,8 @@ COMMANDS = (
     ("base", "cli.register:base_app", "Register"),
     ("list", "cli.choose:list_", "Choose"),
     ("show", "cli.choose:show", "Choose"),
+    ("diff", "cli.diff:diff", "Choose"),
+    ("plot", "cli.plot:plot", "Choose"),
     ("check", "cli.merge:check", "Check and merge"),
     ("merge", "cli.merge:merge", "Check and merge"),
     ("combine", "cli.combine:combine", "Check and merge"),

@@ -57,6 +57,10 @@ def _direction(error: errors.DirectionUnknown) -> tuple[str, str]:
     return f"is a lower or a higher {error.metric} better?", "say --min or --max"
 
 
+def _missing_package(error: errors.MissingPackage) -> tuple[str, str]:
+    return f"this needs {error.package}, which is not installed", f"pip install 'ckpt-registry[{error.extra}]'"
+
+
 def _unknown(error: errors.NotFound) -> tuple[str, str]:
     near = f"did you mean {' or '.join(error.near[:3])}?" if error.near else "`ckpt list` shows what there is"
     return f"no {error.kind} {error.name!r}", near
@@ -200,6 +204,7 @@ _TABLE: Mapping[type, tuple[int, _Explain]] = {
     errors.InvalidReference: (2, _reference),
     errors.InvalidFilter: (2, _filter),
     errors.DirectionUnknown: (2, _direction),
+    errors.MissingPackage: (2, _missing_package),
     errors.NotFound: (3, _unknown),
     errors.PathNotFound: (3, _unknown_path),
     errors.UnknownBase: (3, _unknown_base),

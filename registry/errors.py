@@ -10,6 +10,7 @@ and the exit code or HTTP status are decided at the edge (see `cli/errors.py`).
     │   ├── InvalidRecipe       a merge option that makes no sense
     │   ├── InvalidSetting      an environment variable or settings file
     │   └── DirectionUnknown    is lower or higher better for this metric?
+    ├── MissingPackage          something optional is not installed
     ├── NotFound                nothing has this name
     │   ├── PathNotFound
     │   ├── UnknownAdapter, UnknownCheckpoint, UnknownBase, UnknownMerged, UnknownEnvironment
@@ -66,6 +67,16 @@ class InvalidInput(RegistryError):
     def __init__(self, field: str, value: object, reason: str) -> None:
         super().__init__(field=field, value=value, reason=reason)
         self.field, self.value, self.reason = field, value, reason
+
+
+class MissingPackage(RegistryError):
+    """Something optional that this needs is not installed. Fields: `package`, and `extra`, which brings it along."""
+
+    code = "missing_package"
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(package=package, extra=extra)
+        self.package, self.extra = package, extra
 
 
 class InvalidReference(InvalidInput):

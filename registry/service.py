@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from registry.base_models import AddedBase, Verification
     from registry.combining import Combination, Making
+    from registry.comparing import Difference
     from registry.examining import Examined
     from registry.extracting import Extract, Extraction
     from registry.filters import Filter
@@ -200,6 +201,12 @@ class Registry:
             return compare(checkpoint, adapter, base, Facts())[1], None
         except RegistryError as error:
             return None, error
+
+    def diff(self, one: Checkpoint, other: Checkpoint, progress: Progress = silent) -> Difference:
+        """What differs between two checkpoints of one base model; see `registry.comparing.compare`."""
+        from registry.comparing import compare
+
+        return compare(self._workspace, one, other, progress)
 
     # -- annotate
 

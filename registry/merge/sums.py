@@ -128,7 +128,10 @@ class RoundedSum:
 
     def record(self) -> BlockRecord:
         """What the deltas are, all blocks together: their square, and the elements they reach."""
-        return BlockRecord(delta_square=_delta_square(self._factors), reached=sum(band.reached for band in self._bands))
+        return BlockRecord(
+            delta_square=max(0.0, inner(self._factors, self._factors)),
+            reached=sum(band.reached for band in self._bands),
+        )
 
 
 @final
@@ -273,19 +276,19 @@ def _is_finite(bits: Array, dtype: DType) -> bool:
     return not bool(((bits & infinity) == infinity).any())
 
 
-def _delta_square(factors: Sequence[Factors]) -> float:
-    """The squared Frobenius norm of the sum of deltas, from `r x r` products: `‖BA‖² = Σ (BᵀB) ∘ (AAᵀ)`."""
+def inner(ones: Sequence[Factors], others: Sequence[Factors]) -> float:
+    """The Frobenius inner product of two sums of deltas, from `r x r` products: `<B A, B' A'> = Σ (Bᵀ B') ∘ (A A'ᵀ)`."""
     total = 0.0
-    for one in factors:
-        for other in factors:
+    for one in ones:
+        for other in others:
             rows = _overlap((one.row, other.row), (one.left.shape[0], other.left.shape[0]))
             columns = _overlap((one.column, other.column), (one.right.shape[1], other.right.shape[1]))
             if rows and columns:
                 lefts = [each.left[slice(*(edge - each.row for edge in rows))] for each in (one, other)]
                 rights = [each.right[:, slice(*(edge - each.column for edge in columns))] for each in (one, other)]
-                inner = (lefts[0].T @ lefts[1]) * (rights[0] @ rights[1].T)
-                total += one.scale * other.scale * float(inner.sum())
-    return max(0.0, total)
+                product = (lefts[0].T @ lefts[1]) * (rights[0] @ rights[1].T)
+                total += one.scale * other.scale * float(product.sum())
+    return total
 
 
 def _overlap(starts: tuple[int, int], sizes: tuple[int, int]) -> tuple[int, int] | None:
