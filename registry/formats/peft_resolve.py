@@ -19,7 +19,6 @@ from registry.formats.peft_keys import parameter, plain_path, sort_keys
 from registry.formats.peft_matching import Matching
 from registry.formats.peft_replication import Stack
 from registry.formats.peft_tokens import TokenRows, resolve_tokens
-from registry.formats.peft_tuners import resolve_tuner
 from registry.manifest import BaseModel
 from registry.tensors import StoredTensor
 
@@ -58,6 +57,8 @@ def _resolve(adapter: Adapter, base: BaseModel) -> Resolution:
     if adapter.method == "trainable_tokens":
         return resolve_tokens(adapter, base)
     if adapter.method not in _LOW_RANK_METHODS:
+        from registry.formats.peft_tuners import resolve_tuner  # noqa: PLC0415 - their tables take as long as all the rest
+
         return resolve_tuner(adapter, base)
     options, scope = LoraOptions.read(adapter.config), Scope.read(adapter.config)
     keys = sort_keys(adapter.tensors, _PARAMETERS, _TRAINING_ONLY)
