@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from string import ascii_letters
 
 from registry.curves import Chart, Point
 
 HEIGHT = 12
 _LEAST_WIDTH = 24
-_SIGNS = "●■▲◆○□△◇"
+_SIGNS = "●■▲◆○□△◇" + ascii_letters
 _BEST = "★"
 _BRAILLE = 0x2800
 # The bit of each dot of a character, by column and row.
@@ -40,7 +41,7 @@ def draw(chart: Chart, width: int, height: int = HEIGHT) -> list[str]:
         *rows,
         f"{'':>{margin}}└{'─' * inner}",
         f"{'':>{margin + 1}}{first}{middle}{last}",
-        *_legend(chart),
+        *_legend(chart, width),
     ]
 
 
@@ -48,10 +49,17 @@ def _short(value: float) -> str:
     return f"{value:.5g}"
 
 
-def _legend(chart: Chart) -> Iterator[str]:
-    runs = list(chart.runs)
-    if len(runs) > 1:
-        yield "  ".join(f"{_SIGNS[number % len(_SIGNS)]} {run}" for number, run in enumerate(runs))
+def _legend(chart: Chart, width: int) -> Iterator[str]:
+    """The runs, as many as fit on each line, and the best point."""
+    runs = [f"{_SIGNS[number % len(_SIGNS)]} {run}" for number, run in enumerate(chart.runs)]
+    line = ""
+    for run in runs if len(runs) > 1 else ():
+        if line and len(line) + 2 + len(run) > width:
+            yield line
+            line = ""
+        line = f"{line}  {run}" if line else run
+    if line:
+        yield line
     if chart.best is not None:
         yield f"{_BEST} {chart.best.ref}  {chart.axis} {chart.best.x}  {_short(chart.best.value)}"
 

@@ -11,7 +11,6 @@ from cli import output
 from cli.options import Json, Ref, flag
 from registry import connect
 from registry.manifest import to_json
-from registry.selection import direction_of
 
 if TYPE_CHECKING:
     from registry.comparing import Difference, MetricPair, WeightPair
@@ -39,13 +38,13 @@ def diff(
     target = check_target(plot) if plot else None
     with connect() as registry, output.progress() as progress:
         found = registry.diff(registry.resolve(one), registry.resolve(other), progress)
-    if target is not None:
-        heat_map(found, target)
-        output.say(f"drawn: {output.plain(plot)}")
     if json:
         output.print_json(diff_json(found))
     else:
         _print(found, everything=everything)
+    if target is not None:
+        heat_map(found, target)
+        output.say(f"drawn: {output.plain(plot)}")
 
 
 def diff_json(found: Difference) -> dict[str, Any]:
@@ -77,7 +76,7 @@ def _print(found: Difference, *, everything: bool) -> None:
         )
     for name, reason in zip(names, found.unmerged, strict=True):
         if reason:
-            output.say(f"{output.plain(name)} changes no weights: {output.plain(reason)}")
+            output.say(f"not compared of {output.plain(name)}: {output.plain(reason)}")
     ranked = sorted(found.weights, key=lambda pair: (not pair.problem, -pair.relative, -pair.distance))
     shown = ranked if everything else ranked[:_SHOWN]
     if shown:
@@ -85,7 +84,7 @@ def _print(found: Difference, *, everything: bool) -> None:
         output.print_table(columns, [_weight(pair) for pair in shown], right=columns[1:])
         output.say(_summary(found.weights, len(shown)))
     else:
-        output.say("no change of weights to compare: neither can be merged")
+        output.say("no change of weights to compare")
 
 
 def _text(value: Any) -> str:
@@ -98,10 +97,8 @@ def _metric(pair: MetricPair) -> list[str]:
     one, other = (("" if value is None else output.number(value)) for value in (pair.one, pair.other))
     if pair.one is None or pair.other is None:
         return [pair.name, one, other, ""]
-    change, direction = pair.other - pair.one, direction_of(pair.name)
-    is_better = change < 0 if direction == "lower" else change > 0
-    verdict = "" if direction is None or not change else " better" if is_better else " worse"
-    return [pair.name, one, other, f"{change:+.4g}{verdict}"]
+    verdict = {True: " better", False: " worse", None: ""}[pair.is_better]
+    return [pair.name, one, other, f"{pair.other - pair.one:+.4g}{verdict}"]
 
 
 def _weight(pair: WeightPair) -> list[str]:

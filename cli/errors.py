@@ -86,7 +86,10 @@ def _unknown_metric(error: errors.UnknownMetric) -> tuple[str, str]:
         f"there are {', '.join(error.near[:6])}" if error.near else "record one with `ckpt metric add REF name=value`"
     )
     if not error.name:
-        return "the candidates share no metric whose better direction is known", f"name one: --best METRIC; {known}"
+        return (
+            "the candidates share no metric whose better direction is known",
+            f"name one: --best METRIC of `list`, --metric NAME of `plot`; {known}",
+        )
     return f"no candidate has a finite metric {error.name!r}", known
 
 

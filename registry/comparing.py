@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from registry.base_models import current_base, open_base
 from registry.changes import Change, Resolution
-from registry.errors import Conflict
-from registry.formats import read_adapter, resolve
+from registry.errors import Changed, Conflict
+from registry.formats import Adapter, read_adapter, resolve
 from registry.locations import Location
-from registry.manifest import BaseModel, Checkpoint, Level
+from registry.manifest import BaseModel, Checkpoint, Direction, Level
+from registry.selection import declared_direction
+from registry.united import without_copies
 from registry.workspace import Progress, Workspace, silent
 
+if TYPE_CHECKING:
+    from registry.merge.compare import Side
+
 _FIELDS = ("format", "method", "rank", "alpha", "scaling", "targets", "dtype", "parameters", "tensors")
+# What the files say in fields of their own, and is compared under the names above; litgpt's flags of modules are its targets.
+_SAID_ABOVE = re.compile(
+    r"peft_type|r|init_r|lora_r|lora_alpha|target_modules|use_dora|base_model_name_or_path|checkpoint_dir"
+    r"|lora_(query|key|value|projection|mlp|head)"
+)
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
@@ -31,11 +42,21 @@ class Field:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricPair:
-    """A metric's last value on either side, None where there is none."""
+    """A metric's last value on either side, None where there is none. `direction` is the better one, None where nobody says."""
 
     name: str
     one: float | None
     other: float | None
+    direction: Direction | None
+
+    @property
+    def is_better(self) -> bool | None:
+        """Whether the other is better than the one; None where that is not known, or neither is."""
+        if self.one is None or self.other is None or self.direction is None or self.one == self.other:
+            return None
+        if math.isnan(self.one) or math.isnan(self.other):
+            return None
+        return (self.other < self.one) == (self.direction == "lower")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +94,7 @@ class WeightPair:
 class Difference:
     """Two checkpoints compared; weights in the order of the base, those that neither touches left out.
 
-    `unmerged` tells of each checkpoint that changes no weight why that is so; empty text for others.
+    `unmerged` tells of each checkpoint what it does that is no change of weights and is not compared; empty text where there is nothing.
     """
 
     one: Checkpoint
@@ -85,10 +106,11 @@ class Difference:
 
 
 def compare(workspace: Workspace, one: Checkpoint, other: Checkpoint, progress: Progress = silent) -> Difference:
-    """Compare two checkpoints of one base model, weight by weight.
+    """Compare two checkpoints of one base model, weight by weight. The base itself is read only where a change is not low-rank.
 
     Raises:
         Conflict: they are on different bases.
+        Changed: the base is to be read, and its files are others now.
         PathNotFound, DamagedBlob: the base or a checkpoint's file is not there any more.
     """
     if one.base != other.base:
@@ -98,66 +120,146 @@ def compare(workspace: Workspace, one: Checkpoint, other: Checkpoint, progress: 
         raise Conflict(f"{one.ref} and {other.ref}", reason)
     with workspace.reading() as catalog:
         base = catalog.bases.find(one.base.hex)
-    base, _ = current_base(workspace, base, progress)
-    with (
-        closing(open_base(workspace, base)) as place,
-        closing(workspace.folder_of(one)) as first,
-        closing(workspace.folder_of(other)) as second,
-    ):
-        found = [resolve(read_adapter(folder), base) for folder in (first, second)]
-        weights = tuple(_weights(base, place, (first, second), found))
+    with closing(workspace.folder_of(one)) as first, closing(workspace.folder_of(other)) as second:
+        folders = first, second
+        adapters = read_adapter(first), read_adapter(second)
+        found = [_resolved(each, base, folder) for each, folder in zip(adapters, folders, strict=True)]
+        if _needs_base(found):
+            base = _readable(workspace, base, progress)
+            found = [_resolved(each, base, folder) for each, folder in zip(adapters, folders, strict=True)]
+            with closing(open_base(workspace, base)) as place:
+                weights = tuple(_weights(base, place, folders, found, progress))
+        else:
+            weights = tuple(_weights(base, None, folders, found, progress))
     return Difference(
-        one=one, other=other, fields=tuple(_fields(one, other)), metrics=tuple(_metrics(one, other)), weights=weights,
-        unmerged=(_why_unmerged(found[0]), _why_unmerged(found[1])),
+        one=one, other=other, fields=tuple(_fields((one, other), adapters, found)),
+        metrics=tuple(_metrics(one, other)), weights=weights, unmerged=(_beside(found[0]), _beside(found[1])),
     )  # fmt: skip
 
 
-def _why_unmerged(found: Resolution) -> str:
-    if found.changes:
-        return ""
+def _resolved(adapter: Adapter, base: BaseModel, folder: Location) -> Resolution:
+    return without_copies(resolve(adapter, base), folder, base)
+
+
+def _changes(found: Resolution) -> dict[str, Change]:
+    """What an adapter changes, by the names of the weights; nothing where it is refused, since then not all of it is known."""
+    if any(finding.level is Level.REFUSED for finding in found.findings):
+        return {}
+    return {change.target.name: change for change in found.changes if not change.is_copy}
+
+
+def _needs_base(found: Sequence[Resolution]) -> bool:
+    from registry.merge.compare import is_low_rank  # noqa: PLC0415 - numpy, which other commands need not wait for
+
+    return not all(is_low_rank(change) for each in found for change in _changes(each).values())
+
+
+def _readable(workspace: Workspace, base: BaseModel, progress: Progress) -> BaseModel:
+    base, changed = current_base(workspace, base, progress)
+    if changed:
+        raise Changed(f"{base.url}/{changed[0]}", "the file that was recorded", "another one")
+    return base
+
+
+def _beside(found: Resolution) -> str:
     refused = next((finding for finding in found.findings if finding.level is Level.REFUSED), None)
-    return f"{refused.code}: {refused.found}" if refused else "nothing that it does is a change of weights"
+    if refused is not None:
+        return f"{refused.code}: {refused.found}"
+    if found.omitted:
+        return "; ".join(f"{each.finding.code}: {each.finding.found}" for each in found.omitted)
+    return "" if found.changes else "nothing that it does is a change of weights"
 
 
-def _fields(one: Checkpoint, other: Checkpoint) -> list[Field]:
-    pairs = [(name, getattr(one.manifest, name), getattr(other.manifest, name)) for name in _FIELDS]
-    pairs += [
-        ("adapter", str(one.adapter), str(other.adapter)),
-        ("run", one.run, other.run),
-        ("step", one.step, other.step),
-    ]
-    return [Field(name=name, one=mine, other=theirs) for name, mine, theirs in pairs if mine != theirs]
+def _fields(
+    checkpoints: tuple[Checkpoint, Checkpoint], adapters: tuple[Adapter, Adapter], found: Sequence[Resolution]
+) -> Iterator[Field]:
+    one, other = ({name: getattr(each.manifest, name) for name in _FIELDS} for each in checkpoints)
+    pairs: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = [(one, other)]
+    if adapters[0].format is adapters[1].format:
+        pairs.append((_said(adapters[0].config), _said(adapters[1].config)))
+    pairs.append(
+        ({f"model {k}": v for k, v in found[0].config.items()}, {f"model {k}": v for k, v in found[1].config.items()})
+    )
+    pairs.append((_place(checkpoints[0]), _place(checkpoints[1])))
+    for mine, theirs in pairs:
+        for name in dict.fromkeys((*mine, *theirs)):
+            if mine.get(name) != theirs.get(name):
+                yield Field(name=name, one=mine.get(name), other=theirs.get(name))
+
+
+def _place(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "adapter": str(checkpoint.adapter),
+        "run": checkpoint.run,
+        "step": checkpoint.step,
+        "arch_version": checkpoint.arch_version,
+    }
+
+
+def _said(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an adapter's own configuration, those of sections by `section.field`. Lists of names are sets that were written down."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if _SAID_ABOVE.fullmatch(key):
+            continue
+        inside = {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, Mapping) else {key: value}
+        found |= {name: _in_order(item) for name, item in inside.items()}
+    return found
+
+
+def _in_order(value: Any) -> Any:
+    is_names = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return sorted(value) if is_names else value
 
 
 def _metrics(one: Checkpoint, other: Checkpoint) -> list[MetricPair]:
     names = dict.fromkeys(metric.name for checkpoint in (one, other) for metric in checkpoint.metrics)
-    return [MetricPair(name=name, one=one.metric(name), other=other.metric(name)) for name in names]
+    return [
+        MetricPair(
+            name=name, one=one.metric(name), other=other.metric(name), direction=declared_direction(name, (one, other))
+        )
+        for name in names
+    ]
 
 
 def _weights(
-    base: BaseModel, place: Location, folders: tuple[Location, Location], found: Sequence[Resolution]
-) -> list[WeightPair]:
-    from registry.merge.compare import Side, angle  # noqa: PLC0415 - numpy, which other commands need not wait for
+    base: BaseModel,
+    place: Location | None,
+    folders: tuple[Location, Location],
+    found: Sequence[Resolution],
+    progress: Progress,
+) -> Iterator[WeightPair]:
+    from registry.merge.compare import Side  # noqa: PLC0415 - as above
+    from registry.merge.sums import FactorReader  # noqa: PLC0415 - as above
 
-    changes = [{change.target.name: change for change in each.changes if not change.is_copy} for each in found]
+    changes, readers = [_changes(each) for each in found], [FactorReader(folder) for folder in folders]
     order = {tensor.spec.name: number for number, tensor in enumerate(base.tensors)}
     names = sorted({*changes[0], *changes[1]}, key=lambda name: (order.get(name, len(order)), name))
-    pairs = []
+    sizes = {name: each.target.size_bytes for changed in changes for name, each in changed.items()}
     for name in names:
-        sides = [changed.get(name) for changed in changes]
-        if problem := _problem(sides):
-            pairs.append(WeightPair(name=name, problem=problem))
-            continue
-        one = angle(Side(sides[0], folders[0]), Side(sides[1], folders[1]), place)
-        pairs.append(WeightPair(name=name, norms=one.norms, distance=one.distance, cosine=one.cosine, ranks=one.ranks))
-    return pairs
+        one, other = (Side(changes[i].get(name), folders[i], readers[i]) for i in (0, 1))
+        yield _pair(name, one, other, place)
+        progress("comparing", sizes[name], sum(sizes.values()))
 
 
-def _problem(sides: list[Change | None]) -> str:
+def _pair(name: str, one: Side, other: Side, place: Location | None) -> WeightPair:
+    from registry.merge.compare import angle  # noqa: PLC0415 - as above
+
+    if problem := _problem([one.change, other.change]):
+        return WeightPair(name=name, problem=problem)
+    found = angle(one, other, place)
+    if not math.isfinite(found.distance):
+        return WeightPair(name=name, problem="NaN or infinity")
+    return WeightPair(name=name, norms=found.norms, distance=found.distance, cosine=found.cosine, ranks=found.ranks)
+
+
+def _problem(sides: Sequence[Change | None]) -> str:
     """Why two changes cannot be compared; empty text when they can."""
     shapes = {change.target.shape for change in sides if change is not None}
     if len(shapes) > 1:
         return " and ".join(str(list(shape)) for shape in sorted(shapes))
+    if len({change.columns for change in sides if change is not None and change.steps}) > 1:
+        return "seen as matrices of different shapes"
     if any(
         change is not None and change.source and change.source.spec.shape != change.target.shape for change in sides
     ):

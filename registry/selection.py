@@ -105,6 +105,11 @@ def _direction(name: str, latest: Sequence[Mapping[str, Metric]]) -> Direction |
     return declared.pop() if len(declared) == 1 else direction_of(name)
 
 
+def declared_direction(name: str, checkpoints: Sequence[Checkpoint]) -> Direction | None:
+    """Which way a metric is better: what was declared where it was recorded, else what its name says, else None."""
+    return _direction(name, [_latest(checkpoint) for checkpoint in checkpoints])
+
+
 def _preference(name: str, latest: Sequence[Mapping[str, Metric]]) -> tuple[int, int, int, str]:
     """Sorts the more telling metric first; of two losses of one split the one with the shorter name (`eval_loss`, `eval_aux_loss`)."""
     words = _words(name)

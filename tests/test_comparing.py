@@ -12,9 +12,9 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from registry.comparing import Difference, WeightPair
-from registry.errors import Conflict
+from registry.errors import Changed, Conflict
 from registry.manifest import Checkpoint
-from registry.merge.compare import effective_rank
+from registry.merge.compare import angle_of, effective_rank
 from registry.merge.sums import Factors
 from registry.registering import Registration
 from registry.service import Registry
@@ -142,3 +142,113 @@ def test_equal_singular_values_are_so_many_ranks(count: int) -> None:
     directions = np.linalg.qr(np.random.default_rng(count).standard_normal((9, count))).Q
     assert effective_rank([Factors(directions, directions.T, 3.0)]) == pytest.approx(count)
     assert effective_rank([Factors(directions, 0 * directions.T, 3.0)]) == 0.0
+
+
+def test_checkpoints_that_hardly_differ_are_told_apart(ckpt: Registry, base: Path, tmp_path: Path) -> None:
+    """Their norms' squares agree to all digits that their difference has."""
+    one, other = (tiny.write_adapter(tmp_path / name, base=base, seed=1, targets=("q_proj",)) for name in "ab")
+    tensors = load_file(other / "adapter_model.safetensors")
+    for name in tensors:
+        if "lora_B" in name:
+            tensors[name] = tensors[name].astype(np.float64) * (1 + 1e-10)
+    save_file(tensors, other / "adapter_model.safetensors", {"format": "pt"})
+    pair = by_name(ckpt.diff(register(ckpt, one, base), register(ckpt, other, base)))[Q]
+    assert pair.distance == pytest.approx(1e-10 * pair.norms[0], rel=1e-4)
+
+
+def test_low_rank_changes_are_compared_where_the_base_is_gone(ckpt: Registry, base: Path, tmp_path: Path) -> None:
+    found = [register(ckpt, tiny.write_adapter(tmp_path / n, base=base, seed=s), base) for s, n in enumerate("ab")]
+    base.rename(tmp_path / "elsewhere")
+    assert all(pair.distance > 1 for pair in ckpt.diff(*found).weights)
+
+
+def write_dora(folder: Path, base: Path, seed: int) -> Path:
+    tiny.write_adapter(folder, base=base, seed=seed, targets=("q_proj",), config={"use_dora": True})
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for layer in range(tiny.LAYERS):
+        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_magnitude_vector"
+        tensors[name] = np.ones(tiny.WIDTH, np.float32)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_a_base_that_changed_is_not_compared_with(ckpt: Registry, base: Path, tmp_path: Path) -> None:
+    found = [register(ckpt, write_dora(tmp_path / name, base, seed), base) for seed, name in enumerate("ab")]
+    assert ckpt.diff(*found).weights
+    save_file(tiny.base_tensors(seed=7), base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(Changed):
+        ckpt.diff(*found)
+
+
+def test_weights_that_are_not_finite_are_named(ckpt: Registry, base: Path, tmp_path: Path) -> None:
+    one, other = (tiny.write_adapter(tmp_path / name, base=base, seed=1) for name in "ab")
+    tensors = load_file(other / "adapter_model.safetensors")
+    tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"][0, 0] = np.nan
+    save_file(tensors, other / "adapter_model.safetensors", {"format": "pt"})
+    found = by_name(ckpt.diff(register(ckpt, one, base), register(ckpt, other, base)))
+    assert {name: pair.problem for name, pair in found.items() if pair.problem} == {Q: "NaN or infinity"}
+
+
+def test_an_embedding_that_was_only_saved_along_is_no_difference(ckpt: Registry, base: Path, tmp_path: Path) -> None:
+    one, other = (tiny.write_adapter(tmp_path / name, base=base, seed=1) for name in "ab")
+    tensors = load_file(other / "adapter_model.safetensors")
+    tensors["base_model.model.model.embed_tokens.weight"] = tiny.base_tensors()["model.embed_tokens.weight"]
+    save_file(tensors, other / "adapter_model.safetensors", {"format": "pt"})
+    found = ckpt.diff(register(ckpt, one, base), register(ckpt, other, base))
+    assert {pair.distance for pair in found.weights} == {0.0}
+    assert "model.embed_tokens.weight" not in by_name(found)
+
+
+def test_fields_of_the_adapters_own_configuration(ckpt: Registry, base: Path, tmp_path: Path) -> None:
+    """The order in which names of modules were written down is no difference."""
+    one = tiny.write_adapter(tmp_path / "one", base=base, config={"lora_dropout": 0.1, "exclude_modules": ["x", "y"]})
+    other = tiny.write_adapter(tmp_path / "other", base=base, config={"exclude_modules": ["y", "x"]})
+    found = ckpt.diff(register(ckpt, one, base), register(ckpt, other, base)).fields
+    assert {field.name: (field.one, field.other) for field in found} == {
+        "lora_dropout": (0.1, None),
+        "adapter": ("one", "other"),
+        "run": ("one", "other"),
+    }
+
+
+def dense(deltas: list[Factors], shape: tuple[int, int]) -> Any:
+    total = np.zeros(shape)
+    for each in deltas:
+        rows, columns = slice(each.row, each.end), slice(each.column, each.column + each.right.shape[1])
+        total[rows, columns] += each.scale * each.left @ each.right
+    return total
+
+
+def test_bands_of_rows_are_matrices_of_their_own() -> None:
+    """Query and value of a fused weight, say: of effective ranks the mean, weighed by squared norms."""
+    random = np.random.default_rng(3)
+    bands = [
+        Factors(random.standard_normal((rows, rank)), random.standard_normal((rank, 9)), 0.5, row=row)
+        for row, rows, rank in ((0, 6, 1), (6, 4, 3), (20, 8, 2))
+    ]
+    parts = [dense([each], (30, 9)) for each in bands]
+    squares = [float(np.square(part).sum()) for part in parts]
+    expected = sum(square * entropy_rank(part) for square, part in zip(squares, parts, strict=True)) / sum(squares)
+    assert effective_rank(bands) == pytest.approx(expected)
+    assert effective_rank(bands[::-1]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_sums_of_overlapping_deltas_are_those_of_dense_matrices(seed: int) -> None:
+    """Any rows and columns, ranks above the sizes too."""
+    random = np.random.default_rng(seed)
+
+    def some() -> list[Factors]:
+        found = []
+        for _ in range(random.integers(0, 5)):
+            rows, columns, rank = random.integers(1, 8, 3)
+            row, column = random.integers(0, 20 - rows), random.integers(0, 12 - columns)
+            left, right = random.standard_normal((rows, rank)), random.standard_normal((rank, columns))
+            found.append(Factors(left, right, float(random.uniform(-2, 2)), int(row), int(column)))
+        return found
+
+    one, other = some(), some()
+    found, (mine, theirs) = angle_of(one, other), (dense(each, (20, 12)) for each in (one, other))
+    assert found.norms == pytest.approx((np.linalg.norm(mine), np.linalg.norm(theirs)))
+    assert found.distance == pytest.approx(np.linalg.norm(mine - theirs))
+    assert found.product == pytest.approx((mine * theirs).sum(), abs=1e-9)

@@ -74,6 +74,19 @@ def test_runs_have_signs_of_their_own() -> None:
     assert sum(line.count("■") for line in lines) == 3
 
 
+def test_long_names_of_runs_are_put_on_several_lines() -> None:
+    found = chart([checkpoint(number, number, 1.0, run=f"learning-rate-{number}e-4-rank-16") for number in range(1, 8)])
+    lines = draw(found, 80)
+    assert max(map(len, lines)) <= 80
+    assert all(any(f"learning-rate-{number}e-4-rank-16" in line for line in lines) for number in range(1, 8))
+
+
+def test_many_runs_have_signs_of_their_own() -> None:
+    found = chart([checkpoint(number, number, 1.0, run=f"r{number}") for number in range(1, 31)])
+    signs = " ".join(draw(found, 80)[-4:-1]).split()[::2]
+    assert len(signs) == len(set(signs)) == 30
+
+
 @pytest.mark.parametrize("checkpoints", [RUN[:1], [checkpoint(1, 10, 1.0), checkpoint(2, 20, 1.0)]])
 def test_a_single_point_and_equal_values(checkpoints: list[Checkpoint]) -> None:
     lines = draw(chart(checkpoints), 50)

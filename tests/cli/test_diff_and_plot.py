@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import builtins
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
 from commands import Ckpt
 
+LITGPT = Path(__file__).parents[1] / "data/litgpt"
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -103,14 +103,35 @@ def test_wrong_words(bot: Ckpt, words: tuple[str, ...], code: int, said: str) ->
 
 
 def test_without_matplotlib_the_command_to_install_it_is_said(bot: Ckpt, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for words in (
+        ("plot", "bot", "--metric", "loss", "--out", "x.png"),
+        ("diff", "bot@v1", "bot@v2", "--plot", "x.png"),
+    ):
+        result = bot(*words)
+        assert (result.code, result.out) == (2, "")
+        assert "ckpt-registry[plot]" in result.err
 
-    def missing(name: str, *arguments: Any, **more: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *arguments, **more)
 
-    monkeypatch.setattr(builtins, "__import__", missing)
-    result = bot("plot", "bot", "--metric", "loss", "--out", "x.png")
-    assert result.code == 2
-    assert "ckpt-registry[plot]" in result.err
+def test_a_declared_direction_decides_what_is_better(bot: Ckpt) -> None:
+    """Nothing in the name tells; what is declared for one side is enough."""
+    assert bot("metric", "add", "bot@v1", "regret=3").code == 0
+    assert bot("metric", "add", "bot@v2", "regret=2", "--min").code == 0
+    line = next(line for line in bot("diff", "bot@v1", "bot@v2").out.splitlines() if line.startswith("regret"))
+    assert line.endswith("-1 better")
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_cost_the_table(bot: Ckpt) -> None:
+    result = bot("diff", "bot@v1", "wide", "--plot", "no/such/place.png")
+    assert result.code == 8
+    assert "up_proj" in result.out
+
+
+def test_what_is_no_change_of_weights_is_said_not_to_be_compared(ckpt: Ckpt) -> None:
+    """A gated prefix, beside scales and shifts that are compared."""
+    for name in ("adapter_v2-llama", "lora-llama-qv"):
+        assert ckpt("register", str(LITGPT / name), "--base", str(LITGPT / "base-llama-gqa")).code == 0
+    result = ckpt("diff", "adapter_v2-llama", "lora-llama-qv")
+    assert result.code == 0
+    assert "not compared of adapter_v2-llama@v1: gated_prefix" in result.err
+    assert "transformer.h.0" in result.out
