@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from registry.formats.peft_names import Names, Neighbours, match_names
@@ -117,6 +117,7 @@ PATHS = st.lists(st.lists(PARTS, min_size=1, max_size=4).map(".".join), min_size
 
 
 @given(PATHS, PATHS)
+@example(["a", "b"], ["b", "b.a"])
 def test_what_is_found_is_there_once_and_leads_back(modules: list[str], paths: list[str]) -> None:
     names = match_names(modules, [f"{path}.weight" for path in paths])
     if names is not None:

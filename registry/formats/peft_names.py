@@ -104,6 +104,9 @@ class Names:
 def _moved(module: str, pairs: Iterable[tuple[str, str]]) -> str | None:
     path = f"{module}."
     fitting = [pair for pair in pairs if (pair[0] in path if pair[0].startswith(".") else path.startswith(pair[0]))]
+    fitting = [
+        (old, new) for old, new in fitting if new or path != old
+    ]  # a module that is the whole prefix has no name left
     if not fitting:
         return None
     old, new = max(fitting, key=lambda pair: len(pair[0]))
@@ -149,7 +152,9 @@ def match_names(
 def _explains(names: Names, wanted: Sequence[str], there: set[str]) -> bool:
     nowhere = ""
     found = [_moved(module, names.pairs) or (module if names.others_stay else nowhere) for module in wanted]
-    return there.issuperset(found) and len(set(found)) == len(found)
+    if not there.issuperset(found) or len(set(found)) != len(found):
+        return False
+    return [names.to_training(path) for path in found] == list(wanted)  # a rule that does not lead back is none
 
 
 def _only(rules: Sequence[Names], wanted: Sequence[str]) -> Names | None:
