@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch_file
 
 from registry.comparing import Difference, WeightPair
 from registry.errors import Changed, Conflict
@@ -19,6 +21,7 @@ from registry.merge.sums import Factors
 from registry.registering import Registration
 from registry.service import Registry
 
+LITGPT = Path(__file__).parent / "data/litgpt"
 Q = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -170,6 +173,40 @@ def write_dora(folder: Path, base: Path, seed: int) -> Path:
         tensors[name] = np.ones(tiny.WIDTH, np.float32)
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     return folder
+
+
+def test_formats_are_compared_by_what_they_do_to_a_weight(ckpt: Registry) -> None:
+    """litgpt's LoRA on query and value of one weight, as litgpt merged it, and its Adapter v2: `W' = diag(scale) W`."""
+    base = LITGPT / "base-llama-gqa"
+    one, other = (register(ckpt, LITGPT / f"{name}/final", base) for name in ("lora-llama-qv", "adapter_v2-llama"))
+    found = by_name(ckpt.diff(one, other))
+    weights = torch.load(base / "lit_model.pth", weights_only=True)
+    adapter = torch.load(LITGPT / "adapter_v2-llama/final/lit_model.pth.adapter_v2", weights_only=True)["model"]
+    merged = load_torch_file(LITGPT / "merged.safetensors")
+    for layer in range(4):
+        name = f"transformer.h.{layer}.attn.qkv"
+        weight = weights[f"{name}.weight"].double().numpy()
+        mine = merged[f"lora-llama-qv/final/{name}.weight"].double().numpy() - weight
+        theirs = (adapter[f"{name}.adapter_scale"].double().numpy() - 1)[:, None] * weight
+        pair = found[f"{name}.weight"]
+        assert pair.norms == pytest.approx((np.linalg.norm(mine), np.linalg.norm(theirs)), rel=1e-5)
+        assert pair.distance == pytest.approx(np.linalg.norm(mine - theirs), rel=1e-5)
+        cosine = float((mine * theirs).sum() / np.linalg.norm(mine) / np.linalg.norm(theirs))
+        assert pair.cosine == pytest.approx(cosine, abs=1e-5)
+
+
+def test_a_small_delta_keeps_its_digits_beside_one_that_is_not_low_rank(
+    ckpt: Registry, base: Path, tmp_path: Path
+) -> None:
+    """The base is of float32, to which no sum with it is rounded: this one would come out a quarter as large."""
+    plain = tiny.write_adapter(tmp_path / "plain", base=base, seed=1, targets=("q_proj",))
+    tensors = load_file(plain / "adapter_model.safetensors")
+    tensors = {name: each * np.float32(1e-9 if "lora_B" in name else 1) for name, each in tensors.items()}
+    save_file(tensors, plain / "adapter_model.safetensors", {"format": "pt"})
+    one, other = register(ckpt, plain, base), register(ckpt, write_dora(tmp_path / "dora", base, 2), base)
+    expected = pytest.approx(np.linalg.norm(deltas(plain)[Q]), rel=1e-6)
+    assert by_name(ckpt.diff(one, other))[Q].norms[0] == expected
+    assert by_name(ckpt.diff(other, one))[Q].norms[1] == expected
 
 
 def test_a_base_that_changed_is_not_compared_with(ckpt: Registry, base: Path, tmp_path: Path) -> None:

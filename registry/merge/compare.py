@@ -19,6 +19,7 @@ from registry.changes import Change, LowRank
 from registry.locations import Location
 from registry.merge.rounding import Array
 from registry.merge.sums import FactorReader, Factors
+from registry.tensors import DType
 
 if TYPE_CHECKING:
     from registry.merge.weight import Weight
@@ -154,7 +155,7 @@ def _streamed(one: Side, other: Side, base: Location) -> Angle:
     values = [Values(base, side.folder, side.factors) for side in (one, other)]
     start = values[0].of(replace(present[0], replacement=None, steps=(), columns=columns))
     weights: list[Weight | None] = [
-        None if side.change is None else each.of(replace(side.change, columns=columns))
+        None if side.change is None else each.of(_in_float64(side.change, columns))
         for side, each in zip((one, other), values, strict=True)
     ]
     rows, width = start.shape
@@ -169,3 +170,8 @@ def _streamed(one: Side, other: Side, base: Location) -> Angle:
             sums += _sums(mine, theirs)
     ranks = [effective_rank(side.deltas) if is_low_rank(side.change) else None for side in (one, other)]
     return _angle(sums, (ranks[0], ranks[1]))
+
+
+def _in_float64(change: Change, columns: int | None) -> Change:
+    """The same change with a result that nothing is rounded to: in float32, a sum would lose deltas that are small beside the weight."""
+    return replace(change, target=replace(change.target, dtype=DType.F64), columns=columns)
