@@ -12,7 +12,7 @@ from math import prod
 
 from registry.manifest import Finding
 from registry.omissions import Omission
-from registry.tensors import StoredTensor, TensorSpec
+from registry.tensors import DType, StoredTensor, TensorSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +99,16 @@ class Part:
     steps: tuple[Step, ...] = ()
     replacement: StoredTensor | None = None
 
+    @property
+    def deltas(self) -> tuple[LowRank, ...]:
+        """The low-rank ones among its steps."""
+        return tuple(step for step in self.steps if isinstance(step, LowRank))
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether all that it does, if anything, is to add low-rank deltas."""
+        return self.replacement is None and len(self.deltas) == len(self.steps)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Combined:
@@ -114,6 +124,7 @@ class Combined:
 
 
 Step = LowRank | Tuned | Combined
+_FLOATS = (DType.BF16, DType.F16, DType.F32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +147,28 @@ class Change:
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the matrix that the target is seen as."""
         return matrix_shape(self.target, self.columns)
+
+    @property
+    def deltas(self) -> tuple[LowRank, ...]:
+        """The low-rank ones among its steps."""
+        return tuple(step for step in self.steps if isinstance(step, LowRank))
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether all that it does to the base, if anything, is to add low-rank deltas."""
+        return self.replacement is None and len(self.deltas) == len(self.steps)
+
+    @property
+    def is_rounded_sum(self) -> bool:
+        """Whether it starts from floats of 32 bits at most, adds nothing but such low-rank deltas, and ends in 16 bits.
+
+        Nearly every merge is that; `registry.merge.sums` makes it, exactly, and without torch.
+        """
+        origin = self.replacement or self.source
+        if origin is None or len(self.deltas) != len(self.steps) or self.target.dtype not in (DType.BF16, DType.F16):
+            return False
+        factors = (each.tensor.spec.dtype for step in self.deltas for each in (step.left, step.right))
+        return all(dtype in _FLOATS for dtype in (origin.spec.dtype, *factors))
 
     @property
     def is_copy(self) -> bool:

@@ -380,7 +380,7 @@ class _Merging:
 
 
 def _low_rank_steps(change: Change | None) -> list[LowRank]:
-    return [step for step in change.steps if isinstance(step, LowRank)] if change else []
+    return list(change.deltas) if change else []
 
 
 def _register(

@@ -26,7 +26,8 @@ from registry.formats.peft_matching import is_conv1d
 from registry.locations import Location, open_location
 from registry.lora_files import brief_names, peft_config, write_json
 from registry.manifest import BaseFormat, BaseModel, Level, Metric, Origin, Report
-from registry.merge.extract import at_once, difference, distance, fit, one_thread_each, peak_bytes
+from registry.merge.extract import at_once, difference, distance, fit, peak_bytes
+from registry.merge.weight import one_thread
 from registry.rearranging import Model, copy_files
 from registry.registering import Registered, Registration, register
 from registry.tensors import DType, StoredTensor, TensorSpec, layout_safetensors
@@ -271,7 +272,8 @@ class _Making:
         self, tensors: Sequence[StoredTensor]
     ) -> Iterator[tuple[StoredTensor, tuple[tuple[bytes, bytes], Extracted]]]:
         """The factors of every tensor, in order; a few are worked on at once."""
-        with one_thread_each() as count, ThreadPoolExecutor(count) as pool:
+        count = at_once()
+        with one_thread(), ThreadPoolExecutor(count) as pool:
             waiting: deque[tuple[StoredTensor, Future[tuple[tuple[bytes, bytes], Extracted]]]] = deque()
             try:
                 for tensor in tensors:

@@ -196,14 +196,13 @@ class _Joint:
             return self._grown(like, found)
         if not any(each.steps or each.replacement for each in present):
             return _unless_untouched(like)
-        if self._shares is not None and all(map(_is_low_rank, present)):
+        if self._shares is not None and all(each.is_low_rank for each in present):
             return _unless_untouched(replace(like, steps=tuple(self._scaled(found, self._shares))))
         return replace(like, steps=(self._combined(like.target.name, found),))
 
     def _scaled(self, found: Sequence[Change | None], shares: Sequence[float]) -> Iterator[LowRank]:
         for change, share in zip(found, shares, strict=True):
-            for step in change.steps if change is not None and share else ():
-                assert isinstance(step, LowRank)  # noqa: S101 - just seen
+            for step in change.deltas if change is not None and share else ():
                 yield replace(step, scale=step.scale * share)
 
     def _combined(self, name: str, found: Sequence[Change | None]) -> Combined:
@@ -240,7 +239,3 @@ def _unless_untouched(change: Change) -> Change | None:
     """A change, unless it would leave the base's tensor as it is."""
     is_same = change.source is not None and change.source.spec == change.target
     return None if is_same and not change.steps else change
-
-
-def _is_low_rank(change: Change) -> bool:
-    return change.replacement is None and all(isinstance(step, LowRank) for step in change.steps)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, cast, final
 
 import numpy as np
 
-from registry.changes import Change, LowRank
+from registry.changes import Change
 from registry.locations import Location
 from registry.merge.reading import Scratch
 from registry.merge.records import BlockRecord
 from registry.merge.rounding import WORDS, Array, round_once, values_of
-from registry.merge.sums import FactorReader, RoundedSum, is_sum
+from registry.merge.sums import FactorReader, RoundedSum
 from registry.tensors import StoredTensor
 
 if TYPE_CHECKING:
@@ -34,11 +34,11 @@ class Sources:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Some rows of a result. `base`: the bytes of the base's tensor that went into them, None where another shape replaces it."""
+    """A piece of a result. `base`: the bytes of the base's tensor that went into it, None where another shape replaces it."""
 
     data: memoryview
-    base: memoryview | None
-    record: BlockRecord
+    base: memoryview | None = None
+    record: BlockRecord = BlockRecord()
 
 
 # Fills the bytes of some rows of a result, given the first row and the bytes that they start from, and tells what happened to them.
@@ -56,13 +56,13 @@ class ComputedTensor:
     def __init__(self, change: Change, sources: Sources, factors: FactorReader) -> None:
         self._sources = sources
         self.coefficients: tuple[float, ...] = ()
-        self._change, self._rows = change, self._summed(change, factors) if is_sum(change) else None
+        self._change, self._rows = change, self._summed(change, factors) if change.is_rounded_sum else None
         if self._rows is None:
             self._compute(change, factors)
 
     def _summed(self, change: Change, factors: FactorReader) -> _Rows:
         origin = change.replacement or change.source
-        assert origin is not None  # noqa: S101 - `is_sum` has seen it
+        assert origin is not None  # noqa: S101 - `is_rounded_sum` has seen it
         dtypes, total = (origin.spec.dtype, change.target.dtype), _low_rank(change, factors)
         extra = total.record() if change.replacement is None else BlockRecord()
 
@@ -79,11 +79,11 @@ class ComputedTensor:
         values = Values(self._sources.base, self._sources.adapter, factors)
         change, self.coefficients = values.settled(change)
         self._change = change
-        if is_sum(change):
+        if change.is_rounded_sum:
             self._rows = self._summed(change, factors)
             return
         weight = values.of(change)
-        extra = _low_rank(change, factors).record() if _is_low_rank(change) else None
+        extra = _low_rank(change, factors).record() if change.steps and change.is_low_rank else None
         # Nothing here may hold `self`: in a cycle, the values would live on until the garbage collector comes by.
         self._rows = lambda first, start, out, scratch: _from_weight(weight, change, first, start, out, extra)
 
@@ -96,17 +96,13 @@ class ComputedTensor:
         replacement = _read(self._sources.adapter, change.replacement, "replacement", at, elements, scratch)
         out = scratch.take("result", elements * change.target.dtype.itemsize_bytes)
         record = cast("_Rows", self._rows)(first, base if replacement is None else replacement, out, scratch)
-        if replacement is not None or not is_sum(change):
+        if replacement is not None or not change.is_rounded_sum:
             record = _compared(change, record, base, out)
         return Block(out, base, replace(record, coefficients=self.coefficients))
 
 
-def _is_low_rank(change: Change) -> bool:
-    return change.replacement is None and bool(change.steps) and all(isinstance(step, LowRank) for step in change.steps)
-
-
 def _low_rank(change: Change, factors: FactorReader) -> RoundedSum:
-    return RoundedSum([factors.read(step) for step in change.steps if isinstance(step, LowRank)], change.shape)
+    return RoundedSum([factors.read(step) for step in change.deltas], change.shape)
 
 
 def _read(

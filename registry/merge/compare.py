@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from registry.changes import Change, LowRank
+from registry.changes import Change
 from registry.locations import Location
 from registry.merge.rounding import Array
 from registry.merge.sums import FactorReader, Factors
@@ -59,13 +59,12 @@ class Side:
     @property
     def deltas(self) -> list[Factors]:
         """The low-rank deltas that it adds."""
-        steps = self.change.steps if self.change else ()
-        return [self.factors.read(step) for step in steps if isinstance(step, LowRank)]
+        return [self.factors.read(step) for step in self.change.deltas] if self.change else []
 
 
 def is_low_rank(change: Change | None) -> bool:
     """Whether all that a change does, if there is one, is to add low-rank deltas."""
-    return change is None or (change.replacement is None and all(isinstance(step, LowRank) for step in change.steps))
+    return change is None or change.is_low_rank
 
 
 def angle(one: Side, other: Side, base: Location | None) -> Angle:

@@ -14,17 +14,17 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
-from typing import cast, final
+from typing import final
 
 from registry.changes import Change
 from registry.errors import BaseChanged, NotFinite, NothingMerged
 from registry.fingerprint import tensor_hasher
 from registry.manifest import FileEntry, TensorRecord
-from registry.merge.blocks import ComputedTensor, Sources
+from registry.merge.blocks import Block, ComputedTensor, Sources
 from registry.merge.journal import Journal
 from registry.merge.plan import BLOCK_BYTES, Compute, Copy, OutputFile, Plan, Segment, Sidecar
 from registry.merge.reading import Scratch
@@ -82,7 +82,8 @@ def execute(
     """
     sink.prepare(plan.size_bytes)
     try:
-        entries, records = _Weights(plan, sources, sink, journal, advance).write(threads or os.cpu_count() or 1)
+        with _torch_in_one_thread() if plan.needs_torch else nullcontext():
+            entries, records = _Weights(plan, sources, sink, journal, advance).write(threads or os.cpu_count() or 1)
     except (NothingMerged, NotFinite):  # trying again would not help
         sink.discard()
         journal.finish()
@@ -92,6 +93,12 @@ def execute(
     entries.append(_write_small(sink, path, data))
     sink.publish()
     return Outcome(files=tuple(entries), records=tuple(records))
+
+
+def _torch_in_one_thread() -> AbstractContextManager[None]:
+    from registry.merge.weight import one_thread  # noqa: PLC0415 - torch takes a second to import, and most merges need none
+
+    return one_thread()
 
 
 _Written = tuple[FileEntry, tuple[TensorRecord, ...]]
@@ -169,17 +176,9 @@ def _cancelling(writer: SinkWriter) -> Iterator[SinkWriter]:
         writer.cancel()
 
 
-@dataclass(slots=True)
-class _Piece:
-    """A piece of the output. `base`: the bytes of the base's tensor that went into it, none where another shape replaces it."""
-
-    data: memoryview
-    base: memoryview | None = None
-    record: BlockRecord | None = None
-    scratch: Scratch | None = None
-
-
-_Task = Callable[[Scratch], _Piece]
+_Task = Callable[[Scratch], Block]
+# A piece that was computed, with the buffers that it lies on.
+_Piece = tuple[Block, Scratch]
 
 
 @final
@@ -214,12 +213,12 @@ class _Pieces:
         files = min(self._files, _MOST_FILES)
         return -(-(self._threads - files) // files) + _AHEAD if 0 < files < self._threads else 0
 
-    def of(self, segments: Iterable[Segment]) -> Generator[tuple[int, _Piece]]:
+    def of(self, segments: Iterable[Segment]) -> Generator[tuple[int, Block]]:
         """The pieces of segments in order, each with its segment's index. A segment has one at least; each is valid until the next one."""
         tasks = ((index, task) for index, segment in enumerate(segments) for task in self._tasks(segment))
-        for index, piece in self._in_order(tasks):
-            yield index, piece
-            self._free.put(cast("Scratch", piece.scratch))
+        for index, (block, scratch) in self._in_order(tasks):
+            yield index, block
+            self._free.put(scratch)
             if self._is_stopped:
                 raise CancelledError
 
@@ -247,9 +246,7 @@ class _Pieces:
             scratch = self._free.get_nowait()
         except queue.Empty:
             scratch = Scratch()
-        piece = task(scratch)
-        piece.scratch = scratch
-        return piece
+        return task(scratch), scratch
 
     def _tasks(self, segment: Segment) -> Iterator[_Task]:
         if isinstance(segment, Copy) and segment.size_bytes:
@@ -257,15 +254,14 @@ class _Pieces:
         elif isinstance(segment, Compute) and segment.size_bytes:
             yield from self._compute_tasks(segment)
         else:
-            yield lambda scratch: _Piece(memoryview(b""))
+            yield lambda scratch: Block(memoryview(b""))
 
     def _compute_tasks(self, segment: Compute) -> Iterator[_Task]:
         tensor = _Prepared(lambda: ComputedTensor(segment.change, self._sources, self._factors))
         for first, last in segment.blocks():
 
-            def compute(scratch: Scratch, first: int = first, last: int = last) -> _Piece:
-                block = tensor.get().block(first, last, scratch)
-                return _Piece(block.data, block.base, block.record)
+            def compute(scratch: Scratch, first: int = first, last: int = last) -> Block:
+                return tensor.get().block(first, last, scratch)
 
             yield compute
 
@@ -273,10 +269,10 @@ class _Pieces:
         for start in range(0, tensor.spec.size_bytes, BLOCK_BYTES):
             size = min(BLOCK_BYTES, tensor.spec.size_bytes - start)
 
-            def copy(scratch: Scratch, start: int = start, size: int = size) -> _Piece:
+            def copy(scratch: Scratch, start: int = start, size: int = size) -> Block:
                 data = scratch.take("base", size)
                 self._sources.base.read_into(tensor.file, tensor.offset_bytes + start, data)
-                return _Piece(data, base=data)
+                return Block(data, base=data)
 
             yield copy
 
@@ -334,7 +330,7 @@ class _FileWriting:
             return layout.descriptor(segment.name, self.checksums[segment.name])
         return layout.directory(self.checksums)
 
-    def _tensor(self, segment: Copy | Compute, pieces: Iterator[_Piece], writer: SinkWriter) -> None:
+    def _tensor(self, segment: Copy | Compute, pieces: Iterator[Block], writer: SinkWriter) -> None:
         source = segment.tensor if isinstance(segment, Copy) else segment.change.source
         hasher = None if source is None else tensor_hasher(source.spec)
         checksum, total, was_read = 0, BlockRecord(), False
@@ -345,7 +341,7 @@ class _FileWriting:
             writer.write(piece.data)
             if self.file.layout is not None:
                 checksum = zlib.crc32(piece.data, checksum)
-            total += piece.record or BlockRecord()
+            total += piece.record
             self.advance(len(piece.data))
         if was_read and source is not None and hasher is not None:
             self._check_base(source, Digest(hasher.hexdigest()))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import sqrt
 
@@ -96,17 +95,6 @@ def _values(place: Place, first: int, count: int) -> Tensor:
 def at_once() -> int:
     """How many matrices are worked on at the same time."""
     return min(_MATRICES, os.cpu_count() or 1)
-
-
-@contextmanager
-def one_thread_each() -> Iterator[int]:
-    """Matrices are the parallelism, so that results do not depend on how many threads share one; gives how many matrices to work on at once."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield at_once()
-    finally:
-        torch.set_num_threads(threads)
 
 
 def fit(delta: Tensor, size: float, rank: int, name: str, dtype: DType) -> Fit:

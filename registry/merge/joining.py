@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
 import numpy as np
 
-from registry.changes import Change, Combined, LowRank, Part
+from registry.changes import Change, Combined, LowRank
 from registry.errors import NotFinite
 from registry.locations import Location
 from registry.merge.combine import Combination
@@ -58,11 +59,10 @@ class Joiner:
         settled, _ = self._values.settled(change)
         combined = next((step for step in settled.steps if isinstance(step, Combined)), None)
         if combined is None:
-            steps = [step for step in settled.steps if isinstance(step, LowRank)]
-            term = stacked([LowRankDelta(change.shape, [self._factors.read(step) for step in steps])], [1.0])
+            term = stacked([self._delta(change, settled.deltas)], [1.0])
             return _joined(term, change) if rank is None else _cut(truncated(term, rank), change)
         assert rank is not None  # noqa: S101 - such methods have no exact factors; the caller sees to it
-        deltas = [self._delta(change, part) for part in combined.parts]
+        deltas = [self._delta(change, part.deltas) for part in combined.parts]
         return _cut(approximated(Combination(combined, deltas), rank, change.target.name), change)
 
     def whole(self, change: Change) -> Array:
@@ -73,9 +73,8 @@ class Joiner:
         """
         return _narrowed(whole(self._values.of(change)).reshape(change.target.shape).numpy(), change)
 
-    def _delta(self, change: Change, part: Part) -> LowRankDelta:
-        steps = [step for step in part.steps if isinstance(step, LowRank)]
-        return LowRankDelta(change.shape, [self._factors.read(step) for step in steps])
+    def _delta(self, change: Change, deltas: Sequence[LowRank]) -> LowRankDelta:
+        return LowRankDelta(change.shape, [self._factors.read(step) for step in deltas])
 
 
 def _cut(found: Truncated, change: Change) -> Joined:

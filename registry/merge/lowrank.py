@@ -16,7 +16,7 @@ from torch import Tensor
 from registry.merge.passes import tiles
 from registry.merge.randomness import random_bits
 from registry.merge.rounding import Array
-from registry.merge.sums import Factors
+from registry.merge.sums import Factors, inner
 from registry.merge.weight import Weight
 
 # Bits of a float64's significand.
@@ -80,19 +80,8 @@ def gram(deltas: Sequence[LowRankDelta]) -> Tensor:
     result = torch.zeros((len(deltas), len(deltas)), dtype=torch.float64)
     for i, one in enumerate(deltas):
         for j, other in enumerate(deltas[: i + 1]):
-            result[i, j] = result[j, i] = sum(_inner(term, another) for term in one.terms for another in other.terms)
+            result[i, j] = result[j, i] = inner(one.terms, other.terms)
     return result
-
-
-def _inner(one: Factors, other: Factors) -> float:
-    top, bottom = max(one.row, other.row), min(one.end, other.end)
-    start, stop = max(one.column, other.column), min(_columns(one).stop, _columns(other).stop)
-    if top >= bottom or start >= stop:
-        return 0.0
-    left, other_left = (term.left[top - term.row : bottom - term.row] for term in (one, other))
-    right, other_right = (term.right[:, start - term.column : stop - term.column] for term in (one, other))
-    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite stays so
-        return one.scale * other.scale * float(np.sum((left.T @ other_left) * (right @ other_right.T)))
 
 
 def stacked(deltas: Sequence[LowRankDelta], coefficients: Sequence[float]) -> Factors:

@@ -133,19 +133,19 @@ class Plan:
     def peak_bytes(self, threads: int) -> int:
         """About how much memory executing takes: the interpreter, each thread's blocks, and what the largest tensor needs besides."""
         largest = max(map(_needed_bytes, self.computed), default=0)
-        if all(map(_is_plain, self.computed)):
+        if not self.needs_torch:
             return _PLAIN_BYTES + threads * _THREAD_BYTES + largest
         return _TORCH_BYTES + threads * _DENSE_THREAD_BYTES + largest
+
+    @property
+    def needs_torch(self) -> bool:
+        """Whether there is more to it than exact low-rank sums."""
+        return not all(change.is_rounded_sum for change in self.computed)
 
     @property
     def computed(self) -> tuple[Change, ...]:
         """Every change, in the order of the output."""
         return tuple(s.change for file in self.files for s in file.segments if isinstance(s, Compute))
-
-
-def _is_plain(change: Change) -> bool:
-    """Whether a change is a low-rank sum with a result of 16 bits, which needs no torch."""
-    return change.target.dtype in (DType.BF16, DType.F16) and all(isinstance(step, LowRank) for step in change.steps)
 
 
 def _needed_bytes(change: Change) -> int:

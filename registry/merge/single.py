@@ -11,22 +11,11 @@ from typing import final
 import torch
 from torch import Tensor
 
-from registry.changes import Change, LowRank
 from registry.merge.sums import Factors
 from registry.merge.weight import Weight
-from registry.tensors import DType
 
 # Products of fewer rows go through other kernels, whose sums differ in the last bit from those of the whole product.
 _LEAST_ROWS = 16
-
-
-def is_single(change: Change) -> bool:
-    """Whether a change is a low-rank sum with a float32 result."""
-    return (
-        change.target.dtype is DType.F32
-        and bool(change.steps)
-        and all(isinstance(step, LowRank) for step in change.steps)
-    )
 
 
 @final

@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import cast, final
 
 import numpy as np
 
-from registry.changes import Change, LowRank, Matrix
+from registry.changes import LowRank, Matrix
 from registry.locations import Location
 from registry.merge import kernel
 from registry.merge.exact import round_sums
@@ -26,8 +26,6 @@ from registry.merge.records import BlockRecord
 from registry.merge.rounding import WORDS, Array, round_once, values_of
 from registry.tensors import DType, StoredTensor
 
-_SUMMED = (DType.BF16, DType.F16, DType.F32)
-_RESULTS = (DType.BF16, DType.F16)
 # Bits of an infinity by dtype: all exponent bits, and nothing else.
 _INFINITY = {DType.BF16: 0x7F80, DType.F16: 0x7C00}
 # Sums of squares below these have no element that the dtype cannot hold.
@@ -37,16 +35,6 @@ _LARGEST_FACTOR, _SMALL = 2.0**20, 1e-30
 _CAPACITY = 1 << 16
 _PART_ELEMENTS = 1 << 16
 _KEPT = 4
-
-
-def is_sum(change: Change) -> bool:
-    """Whether a change is a low-rank sum of the kind that this module makes; one without deltas only converts."""
-    stored = [change.source, change.replacement] if change.replacement is None else [change.replacement]
-    dtypes = [change.target.dtype, *(tensor.spec.dtype for tensor in stored if tensor is not None)]
-    steps = [step for step in change.steps if isinstance(step, LowRank)]
-    dtypes += [each.tensor.spec.dtype for step in steps for each in (step.left, step.right)]
-    is_summed = len(steps) == len(change.steps) and all(dtype in _SUMMED for dtype in dtypes)
-    return is_summed and change.target.dtype in _RESULTS and len(dtypes) > 1
 
 
 @final
@@ -179,9 +167,8 @@ class _Band:
         shape = (*before.shape, self.scales.size)
         sums = kernel.sum_block({**arrays, **cut, "base": before}, small=_SMALL, kinds=dtypes, out=after,
                                 doubtful=doubtful, shape=shape)  # fmt: skip
-        if (
-            sums.doubtful > _CAPACITY or not sums.base_square < 1e38
-        ):  # ties by design, or numbers that float32 cannot square
+        if sums.doubtful > _CAPACITY or not sums.base_square < 1e38:
+            # Ties by design, or numbers that float32 cannot square.
             return self._plain(first, before, dtypes, after)
         changed = sums.changed + self._settle(first, before, dtypes, after, doubtful[: sums.doubtful])
         finite = sums.result_square < _LARGEST_SQUARE[dtypes[1]] or _is_finite(after, dtypes[1])
@@ -279,15 +266,15 @@ def _is_finite(bits: Array, dtype: DType) -> bool:
 def inner(ones: Sequence[Factors], others: Sequence[Factors]) -> float:
     """The Frobenius inner product of two sums of deltas, from `r x r` products: `<B A, B' A'> = Σ (Bᵀ B') ∘ (A A'ᵀ)`."""
     total = 0.0
-    for one in ones:
-        for other in others:
+    for one, other in product(ones, others):
+        with np.errstate(invalid="ignore", over="ignore"):  # what is not finite stays so
             rows = _overlap((one.row, other.row), (one.left.shape[0], other.left.shape[0]))
             columns = _overlap((one.column, other.column), (one.right.shape[1], other.right.shape[1]))
             if rows and columns:
                 lefts = [each.left[slice(*(edge - each.row for edge in rows))] for each in (one, other)]
                 rights = [each.right[:, slice(*(edge - each.column for edge in columns))] for each in (one, other)]
-                product = (lefts[0].T @ lefts[1]) * (rights[0] @ rights[1].T)
-                total += one.scale * other.scale * float(product.sum())
+                small = (lefts[0].T @ lefts[1]) * (rights[0] @ rights[1].T)
+                total += one.scale * other.scale * float(small.sum())
     return total
 
 

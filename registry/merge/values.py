@@ -14,11 +14,11 @@ from registry.locations import Location
 from registry.merge.combine import coefficients, combine
 from registry.merge.lowrank import LowRankDelta
 from registry.merge.reading import read_elements, read_tensor
-from registry.merge.single import SingleSum, is_single
+from registry.merge.single import SingleSum
 from registry.merge.sums import FactorReader
 from registry.merge.tuners import TUNERS
 from registry.merge.weight import Dense, RowWise, Weight, transposed
-from registry.tensors import StoredTensor
+from registry.tensors import DType, StoredTensor
 
 
 @final
@@ -49,8 +49,8 @@ class Values:
     def of(self, change: Change) -> Weight:
         """The weight after a change."""
         before = self._start(change)
-        if is_single(change):
-            return SingleSum(before, [self.factors.read(step) for step in change.steps if isinstance(step, LowRank)])
+        if change.target.dtype is DType.F32 and change.steps and len(change.deltas) == len(change.steps):
+            return SingleSum(before, [self.factors.read(step) for step in change.deltas])
         return self._after(change.steps, before)
 
     def settled(self, change: Change) -> tuple[Change, tuple[float, ...]]:
@@ -59,7 +59,7 @@ class Values:
         Also gives these coefficients; none, and the change as it is, where it does not come down to that.
         """
         step = change.steps[0] if len(change.steps) == 1 else None
-        if not isinstance(step, Combined) or not all(_is_low_rank(part) for part in step.parts):
+        if not isinstance(step, Combined) or not all(part.is_low_rank for part in step.parts):
             return change, ()
         before = self._start(change)
         found = coefficients(step, before, [self._part(part, before) for part in step.parts])
@@ -68,8 +68,7 @@ class Values:
         steps = [
             replace(each, scale=each.scale * factor)
             for factor, part in zip(found, step.parts, strict=True)
-            for each in part.steps
-            if isinstance(each, LowRank)
+            for each in part.deltas
         ]
         return replace(change, steps=tuple(steps)), found
 
@@ -114,13 +113,7 @@ class Values:
 
     def _part(self, part: Part, before: Weight) -> Weight:
         """The weight after a part's steps; of a low-rank part only what it adds, from which inner products follow without the weight."""
-        if _is_low_rank(part):
-            return LowRankDelta(
-                before.shape, [self.factors.read(step) for step in part.steps if isinstance(step, LowRank)]
-            )
+        if part.is_low_rank:
+            return LowRankDelta(before.shape, [self.factors.read(step) for step in part.deltas])
         start = before if part.replacement is None else Stored(self.adapter, part.replacement, before.shape[1])
         return self._after(part.steps, start)
-
-
-def _is_low_rank(part: Part) -> bool:
-    return part.replacement is None and all(isinstance(step, LowRank) for step in part.steps)

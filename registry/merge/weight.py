@@ -5,7 +5,8 @@ All values are float64 `[rows, columns]`, so that after everything has been adde
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol, final
 
 import torch
@@ -51,6 +52,18 @@ class Dense:
 
     def rows(self, first: int, last: int) -> Tensor:
         return self._values[first:last].to(torch.float64, copy=True)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Have torch use one thread for each operation. Matrices and blocks are the parallelism: more would fight for the same cores, and what an
+    operation's last bit is would depend on how many share it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def whole(weight: Weight) -> Tensor:
