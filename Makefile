@@ -35,7 +35,7 @@ $(VENV)/.installed: $(VENV)/bin/pip pyproject.toml constraints.txt hatch_build.p
 	touch $@
 
 $(VENV)/.developing: $(VENV)/.installed
-	$(PIP) install --quiet -c constraints.txt --group test --group lint
+	$(PIP) install --quiet -c constraints.txt -e ".[team,plot]" --group test --group lint
 	touch $@
 
 clean:

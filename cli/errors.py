@@ -1,12 +1,11 @@
-"""What the user reads when something goes wrong: one sentence, what to do next, and an exit code. Found along the exception's class tree."""
+"""Exit codes of errors; what the user reads is in `registry.wording`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from registry import errors
+from registry import errors, wording
 
 EXIT_CODES: Mapping[int, str] = {
     0: "done",
@@ -18,6 +17,7 @@ EXIT_CODES: Mapping[int, str] = {
     6: "a file is no checkpoint, is damaged, or holds a pickle with code",
     7: "bytes are not what was recorded: the base model changed, or a blob is damaged",
     8: "the disk or store does not take or give the bytes",
+    9: "the server cannot be reached, or does not let you",
     130: "interrupted",
 }
 
@@ -31,212 +31,29 @@ class Explanation:
     exit_code: int
 
 
-_Explain = Callable[[Any], tuple[str, str]]
-
-
-def _invalid(error: errors.InvalidInput) -> tuple[str, str]:
-    return f"{error.field} {error.value!r}: {error.reason}" if error.value else f"{error.field}: {error.reason}", ""
-
-
-def _reference(error: errors.InvalidReference) -> tuple[str, str]:
-    forms = (
-        "name, name@v3, name@alias, name@step:500, name@run:3, name@best:eval_loss, or 6 and more digits of a digest"
-    )
-    return f"{error.value!r} is not a reference: {error.reason}", f"write {forms}"
-
-
-def _filter(error: errors.InvalidFilter) -> tuple[str, str]:
-    pointer = f"{error.value}\n{' ' * error.position}^"
-    return (
-        f"cannot read the filter: {error.reason}\n{pointer}",
-        "for example: --where \"metric.eval_loss < 0.9 and tag.team = 'nlu'\"",
-    )
-
-
-def _direction(error: errors.DirectionUnknown) -> tuple[str, str]:
-    return f"is a lower or a higher {error.metric} better?", "say --min or --max"
-
-
-def _missing_package(error: errors.MissingPackage) -> tuple[str, str]:
-    return f"this needs {error.package}, which is not installed", f"pip install 'ckpt-registry[{error.extra}]'"
-
-
-def _unknown(error: errors.NotFound) -> tuple[str, str]:
-    near = f"did you mean {' or '.join(error.near[:3])}?" if error.near else "`ckpt list` shows what there is"
-    return f"no {error.kind} {error.name!r}", near
-
-
-def _unknown_path(error: errors.PathNotFound) -> tuple[str, str]:
-    return (
-        f"{error.name}: no such file or folder",
-        "check the path; a base model that moved is recorded anew with `ckpt base add PATH`",
-    )
-
-
-def _unknown_base(error: errors.UnknownBase) -> tuple[str, str]:
-    near = f"; recorded are {', '.join(error.near[:5])}" if error.near else ""
-    return (
-        f"base model {error.name!r} was not found",
-        f"say where it is with --base PATH, or record it with `ckpt base add PATH`{near}",
-    )
-
-
-def _unknown_metric(error: errors.UnknownMetric) -> tuple[str, str]:
-    known = (
-        f"there are {', '.join(error.near[:6])}" if error.near else "record one with `ckpt metric add REF name=value`"
-    )
-    if not error.name:
-        return (
-            "the candidates share no metric whose better direction is known",
-            f"name one: --best METRIC of `list`, --metric NAME of `plot`; {known}",
-        )
-    return f"no candidate has a finite metric {error.name!r}", known
-
-
-def _unknown_environment(error: errors.UnknownEnvironment) -> tuple[str, str]:
-    known = f"there are {', '.join(error.near)}" if error.near else "nothing was shipped yet: `ckpt ship REF --to ENV`"
-    return f"nothing was ever shipped to {error.name!r}", known
-
-
-def _ambiguous(error: errors.Ambiguous) -> tuple[str, str]:
-    return f"{error.value!r} could mean any of\n  " + "\n  ".join(error.matches), "write more of it"
-
-
-def _conflict(error: errors.Conflict) -> tuple[str, str]:
-    return f"{error.subject}: {error.reason}", ""
-
-
-def _occupied(error: errors.Conflict) -> tuple[str, str]:
-    hint = "choose another folder, or remove that one" if "there already" in error.reason else ""
-    return f"{error.subject}: {error.reason}", hint
-
-
-def _in_use(error: errors.InUse) -> tuple[str, str]:
-    return (
-        f"{error.subject} is in use: {error.reason}",
-        "what was shipped or merged stays, so that history stays true; aliases can be removed",
-    )
-
-
-def _unreadable(error: errors.UnreadableFile) -> tuple[str, str]:
-    return f"{error.path}: {error.reason}", ""
-
-
-def _not_a_checkpoint(error: errors.UnreadableFile) -> tuple[str, str]:
-    is_base = "a base model, not an adapter" in error.reason
-    hint = (
-        "`ckpt base add PATH` records it"
-        if is_base
-        else "give the folder that a PEFT or litgpt run wrote, or one checkpoint in it"
-    )
-    return f"{error.path}: {error.reason}", hint
-
-
-def _corrupt(error: errors.UnreadableFile) -> tuple[str, str]:
-    return f"{error.path} is damaged: {error.reason}", "copy or download it again, or take an earlier checkpoint"
-
-
-def _pickle(error: errors.UnreadableFile) -> tuple[str, str]:
-    return (
-        f"{error.path} is a pickle with code in it: {error.reason}",
-        "nothing was run; ask whoever made it for safetensors, and treat the file as hostile",
-    )
-
-
-def _refused(error: errors.Refused) -> tuple[str, str]:
-    verb = "does not go with" if error.report.misfits else "cannot be merged into"
-    return f"{error.report.checkpoint} {verb} {error.report.base}", "every finding is above"
-
-
-def _not_convertible(error: errors.NotConvertible) -> tuple[str, str]:
-    shown = [*error.reasons[:8], *(f"and {len(error.reasons) - 8} more" for _ in error.reasons[8:9])]
-    return f"{error.subject} cannot be written as {error.target}\n  " + "\n  ".join(shown), "nothing was written"
-
-
-def _changed(error: errors.Changed) -> tuple[str, str]:
-    return f"{error.subject} is not what was recorded: expected {error.expected}, found {error.found}", ""
-
-
-def _base_changed(error: errors.BaseChanged) -> tuple[str, str]:
-    return (
-        f"the base model changed: tensor {error.subject} is not what was fingerprinted; nothing was published",
-        "`ckpt base verify NAME` tells which tensors differ; restore the files",
-    )
-
-
-def _damaged(error: errors.DamagedBlob) -> tuple[str, str]:
-    return (
-        f"{error.subject} is {'missing' if error.found == 'missing' else 'damaged'} in the store",
-        "register the checkpoint again from its source",
-    )
-
-
-def _nothing(error: errors.NothingMerged) -> tuple[str, str]:
-    return (
-        f"merging would not change one element of {error.subject} (largest delta {error.largest_delta:g}); nothing was written",
-        "an untrained adapter, or deltas too small for the base's dtype: try --dtype float32",
-    )
-
-
-def _not_finite(error: errors.NotFinite) -> tuple[str, str]:
-    return (
-        f"{error.tensor} would hold infinite or undefined values in {error.dtype}; nothing was published",
-        "merge with --dtype float32 or bfloat16",
-    )
-
-
-def _storage(error: errors.StorageFailed) -> tuple[str, str]:
-    reason = error.reason.lower()
-    remedies = {
-        "free some room, then run it again: what is finished is kept": (
-            "no space",
-            "too large",
-            "quota",
-            "disk is full",
-        ),
-        "fix the permissions, then run it again: what is finished is kept": ("permission", "read-only", "readonly"),
-        "install the package for this kind of store beside ckpt-registry": ("install ",),
-    }
-    hint = next((hint for hint, signs in remedies.items() if any(sign in reason for sign in signs)), "")
-    return f"{error.url}: {error.reason}", hint
-
-
-# Looked up along the class tree, so a subclass without a line of its own reads like its parent.
-_TABLE: Mapping[type, tuple[int, _Explain]] = {
-    errors.InvalidInput: (2, _invalid),
-    errors.InvalidReference: (2, _reference),
-    errors.InvalidFilter: (2, _filter),
-    errors.DirectionUnknown: (2, _direction),
-    errors.MissingPackage: (2, _missing_package),
-    errors.NotFound: (3, _unknown),
-    errors.PathNotFound: (3, _unknown_path),
-    errors.UnknownBase: (3, _unknown_base),
-    errors.UnknownMetric: (3, _unknown_metric),
-    errors.UnknownEnvironment: (3, _unknown_environment),
-    errors.Ambiguous: (3, _ambiguous),
-    errors.Refused: (4, _refused),
-    errors.NotConvertible: (4, _not_convertible),
-    errors.NothingMerged: (4, _nothing),
-    errors.NotFinite: (4, _not_finite),
-    errors.Conflict: (5, _occupied),
-    errors.NameTaken: (5, _conflict),
-    errors.InUse: (5, _in_use),
-    errors.UnreadableFile: (6, _unreadable),
-    errors.NotACheckpoint: (6, _not_a_checkpoint),
-    errors.CorruptFile: (6, _corrupt),
-    errors.UnsafePickle: (6, _pickle),
-    errors.Changed: (7, _changed),
-    errors.BaseChanged: (7, _base_changed),
-    errors.DamagedBlob: (7, _damaged),
-    errors.StorageFailed: (8, _storage),
+# Looked up along the class tree, so a subclass exits like its parent.
+_CODES: Mapping[type, int] = {
+    errors.InvalidInput: 2,
+    errors.MissingPackage: 2,
+    errors.NotFound: 3,
+    errors.Ambiguous: 3,
+    errors.Refused: 4,
+    errors.NotConvertible: 4,
+    errors.NothingMerged: 4,
+    errors.NotFinite: 4,
+    errors.Conflict: 5,
+    errors.UnreadableFile: 6,
+    errors.Changed: 7,
+    errors.StorageFailed: 8,
+    errors.ServerFailed: 9,
+    errors.AccessDenied: 9,
+    errors.Cancelled: 130,
 }
 
 
 def explain(error: Exception) -> Explanation:
     """Message, hint and exit code of an error; of one that is not the registry's own, that it was not foreseen."""
-    for kind in type(error).__mro__:
-        if kind in _TABLE:
-            exit_code, words = _TABLE[kind]
-            message, hint = words(error)
-            return Explanation(message, hint, exit_code)
-    return Explanation(f"{type(error).__name__}: {error}", EXIT_CODES[1], 1)
+    words = wording.explain(error)
+    code = next((_CODES[kind] for kind in type(error).__mro__ if kind in _CODES), 1)
+    hint = words.hint if code != 1 or words.hint else EXIT_CODES[1]
+    return Explanation(words.message, hint, code)

@@ -14,12 +14,15 @@ and the exit code or HTTP status are decided at the edge (see `cli/errors.py`).
     ├── NotFound                nothing has this name
     │   ├── PathNotFound
     │   ├── UnknownAdapter, UnknownCheckpoint, UnknownBase, UnknownMerged, UnknownEnvironment
+    │   ├── UnknownJob, UnknownToken, UnknownWebhook, UnknownSignature
     │   └── UnknownMetric
     ├── Ambiguous               several things have this name
     ├── Conflict                the registry's state forbids it
     │   ├── NameTaken
     │   ├── InUse               aliased, shipped or an input of a merge
     │   ├── MergeRunning        another process is at it
+    │   ├── KeyReused           an idempotency key that stands for another request
+    │   ├── Unreachable         a base model where not every worker can read it
     │   └── DatabaseVersion     the database is older or newer than this package
     ├── UnreadableFile          the bytes are not what they should be
     │   ├── NotACheckpoint      no known format in this directory
@@ -32,7 +35,13 @@ and the exit code or HTTP status are decided at the edge (see `cli/errors.py`).
     ├── NotConvertible          something has no place in the other layout, or did not come back the same
     ├── NothingMerged           the result would be the base itself
     ├── NotFinite               a result overflows, or the base has such a value
-    └── StorageFailed           the store or disk does not take the bytes
+    ├── StorageFailed           the store or disk does not take the bytes
+    ├── AccessDenied            not for the one who asks
+    │   ├── Unauthenticated     no token, or none that is good
+    │   ├── Forbidden           a role that may not do this, or another namespace
+    │   └── TooManyTries        wait before trying again
+    ├── Cancelled               somebody stopped it
+    └── ServerFailed            the registry's server does not answer, or not as it should
 """
 
 from __future__ import annotations
@@ -95,7 +104,7 @@ class InvalidFilter(InvalidInput):
 
     def __init__(self, value: str, position: int, reason: str) -> None:
         super().__init__("where", value, reason)
-        self.position = position
+        self.fields["position"] = self.position = position
 
 
 class InvalidRecipe(InvalidInput):
@@ -117,7 +126,7 @@ class DirectionUnknown(InvalidInput):
 
     def __init__(self, metric: str) -> None:
         super().__init__("metric", metric, "is lower or higher better?")
-        self.metric = metric
+        self.fields["metric"] = self.metric = metric
 
 
 class NotFound(RegistryError):
@@ -180,6 +189,34 @@ class UnknownMetric(NotFound):
     kind = "metric"
 
 
+class UnknownJob(NotFound):
+    """No job has this number."""
+
+    code = "unknown_job"
+    kind = "job"
+
+
+class UnknownToken(NotFound):
+    """No token has this name or number."""
+
+    code = "unknown_token"
+    kind = "token"
+
+
+class UnknownWebhook(NotFound):
+    """No webhook has this number."""
+
+    code = "unknown_webhook"
+    kind = "webhook"
+
+
+class UnknownSignature(NotFound):
+    """Nobody has signed this."""
+
+    code = "unknown_signature"
+    kind = "signature"
+
+
 class Ambiguous(RegistryError):
     """A digest prefix or a name that fits several things. Fields: `value`, `matches`."""
 
@@ -216,6 +253,18 @@ class MergeRunning(Conflict):
     """Another process is writing this very merge."""
 
     code = "merge_running"
+
+
+class KeyReused(Conflict):
+    """An idempotency key that was used for another request."""
+
+    code = "key_reused"
+
+
+class Unreachable(Conflict):
+    """A base model that lies where other machines cannot read it. `subject` is its name, `reason` the place."""
+
+    code = "unreachable"
 
 
 class DatabaseVersion(Conflict):
@@ -322,3 +371,55 @@ class StorageFailed(RegistryError):
     def __init__(self, url: str, reason: str) -> None:
         super().__init__(url=url, reason=reason)
         self.url, self.reason = url, reason
+
+
+class Cancelled(RegistryError):
+    """Background work that somebody stopped. Fields: `subject`."""
+
+    code = "cancelled"
+
+    def __init__(self, subject: str) -> None:
+        super().__init__(subject=subject)
+        self.subject = subject
+
+
+class ServerFailed(RegistryError):
+    """The registry's server cannot be reached, or gives no answer of its own. Fields: `url`, `reason`."""
+
+    code = "server_failed"
+
+    def __init__(self, url: str, reason: str) -> None:
+        super().__init__(url=url, reason=reason)
+        self.url, self.reason = url, reason
+
+
+class AccessDenied(RegistryError):
+    """Not for the one who asks. Fields: `reason`."""
+
+    code = "access_denied"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason=reason)
+        self.reason = reason
+
+
+class Unauthenticated(AccessDenied):
+    """No token, or one that is unknown, expired or revoked."""
+
+    code = "unauthenticated"
+
+
+class Forbidden(AccessDenied):
+    """The token's role or namespaces do not allow it."""
+
+    code = "forbidden"
+
+
+class TooManyTries(AccessDenied):
+    """Too many wrong tokens from one address. Fields: `reason`, `retry_seconds`."""
+
+    code = "too_many_tries"
+
+    def __init__(self, reason: str, retry_seconds: int) -> None:
+        RegistryError.__init__(self, reason=reason, retry_seconds=retry_seconds)
+        self.reason, self.retry_seconds = reason, retry_seconds

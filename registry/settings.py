@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import getpass
+import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -14,7 +15,8 @@ import platformdirs
 
 from registry.errors import InvalidSetting
 
-_KEYS = ("database_url", "store", "user")
+_KEYS = ("database_url", "store", "user", "server")
+CREDENTIALS_FILE = "credentials.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +24,8 @@ class Settings:
     """Where things are and who is asking.
 
     `home` holds the database, the store, caches and the journals of running merges. `database_url` and `store_url` default to places
-    inside it. `author` signs what is recorded. `hub_cache` is where the Hugging Face Hub's client keeps what it downloaded.
+    inside it. `author` signs what is recorded. `hub_cache` is where the Hugging Face Hub's client keeps what it downloaded. `server` is the
+    URL of a server that has the registry, empty when this process opens it itself; `token` is what it wants to see.
     """
 
     home: Path
@@ -30,11 +33,19 @@ class Settings:
     store_url: str
     author: str
     hub_cache: Path
+    server: str = ""
+    token: str = field(default="", repr=False)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the database is a server's, so that several machines work with it and merges are workers' business."""
+        return not self.database_url.startswith("sqlite")
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
-        """Read `CKPT_HOME`, `CKPT_DATABASE_URL`, `CKPT_STORE`, `CKPT_USER`; then `config.toml` in the home for what is unset.
+        """Read `CKPT_HOME`, `CKPT_DATABASE_URL`, `CKPT_STORE`, `CKPT_USER`, `CKPT_SERVER`; then `config.toml` in the home for what is unset.
 
+        The token is `CKPT_TOKEN`, or what `ckpt login` kept for the server. A database in the environment goes before a server in the file.
         Where the Hub's client keeps its files is read as that client does (`HF_HUB_CACHE`, `HF_HOME`, `XDG_CACHE_HOME`).
 
         Raises:
@@ -47,13 +58,28 @@ class Settings:
         def choose(key: str, default: str) -> str:
             return environment.get(f"CKPT_{key.upper()}") or file.get(key) or default
 
+        server = "" if environment.get("CKPT_DATABASE_URL") else choose("server", "")
+        server = (environment.get("CKPT_SERVER") or server).rstrip("/")
         return cls(
             home=home,
             database_url=choose("database_url", f"sqlite:///{quote(str(home / 'ckpt.db'))}"),
             store_url=choose("store", (home / "store").as_uri()),
             author=choose("user", "") or _login_name(),
             hub_cache=_hub_cache(environment),
+            server=server,
+            token=environment.get("CKPT_TOKEN") or (_kept_token(home, server) if server else ""),
         )
+
+
+def _kept_token(home: Path, server: str) -> str:
+    """What `ckpt login` wrote down for a server; empty when it did not."""
+    try:
+        found = json.loads((home / CREDENTIALS_FILE).read_bytes())
+        return str(found[server]) if server in found else ""
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError, TypeError) as error:
+        raise InvalidSetting(CREDENTIALS_FILE, str(home / CREDENTIALS_FILE), str(error)) from error
 
 
 def _read_file(path: Path) -> dict[str, str]:

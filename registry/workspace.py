@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, final
 
@@ -41,12 +44,20 @@ class Change:
 
 @final
 class Workspace:
-    """The embedded registry's parts. Opening it touches nothing; the database is prepared when it is first needed."""
+    """A registry's parts. Opening it touches nothing; the database is prepared when it is first needed."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.store = Store(settings.store_url)
         self.cache = DigestCache(settings.home / "cache" / "tensors")
+        self._open = threading.local()
+
+    def signed_by(self, author: str) -> Workspace:
+        """The same parts, for somebody else: what is recorded through it has that author. Closing it is left to the first."""
+        _ = self._engine  # one for all
+        other = copy(self)
+        other.settings = replace(self.settings, author=author)
+        return other
 
     @cached_property
     def _engine(self) -> Any:
@@ -62,23 +73,35 @@ class Workspace:
 
     @contextmanager
     def reading(self) -> Iterator[Catalog]:
-        """One consistent view of the database.
+        """One consistent view of the database; within a transaction of this thread, that one's.
 
         Raises:
             InvalidInput: it is asked for what no database can hold.
         """
+        outer: Change | None = getattr(self._open, "change", None)
+        if outer is not None:
+            yield outer.catalog
+            return
         with _storable(), reading(self._engine) as session:
             yield Catalog(session)
 
     @contextmanager
     def writing(self) -> Iterator[Change]:
-        """A transaction that is committed at the end, or not at all.
+        """A transaction that is committed at the end, or not at all. One within another, in the same thread, is part of the outer one.
 
         Raises:
             InvalidInput: it is given what no database can hold.
         """
+        outer: Change | None = getattr(self._open, "change", None)
+        if outer is not None:
+            yield outer
+            return
         with _storable(), writing(self._engine) as session:
-            yield Change(Catalog(session), self.settings.author)
+            self._open.change = Change(Catalog(session), self.settings.author)
+            try:
+                yield self._open.change
+            finally:
+                self._open.change = None
 
     def folder_of(self, checkpoint: Checkpoint) -> Location:
         """A checkpoint's files, as a folder."""

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import servers
 import tiny
 from hypothesis import settings
 from merging import Bench
 
+from registry.db.schema import upgrade
 from registry.service import Registry
 
 # How long an example takes is the machine's affair. Where a change is judged, everybody must get the same examples; elsewhere, new ones.
@@ -38,3 +40,41 @@ def adapter(tmp_path: Path, base: Path) -> Path:
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[servers.Server]:
+    """A PostgreSQL, this test process's own."""
+    with servers.postgres_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres_template(postgres: servers.Server, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Name of a database with the registry's tables, to be copied."""
+    url = servers.create_database(postgres)
+    upgrade(url, tmp_path_factory.mktemp("backups"))
+    return url.rpartition("/")[2]
+
+
+@pytest.fixture
+def postgres_url(postgres: servers.Server, postgres_template: str) -> Iterator[str]:
+    """A database of PostgreSQL with the registry's tables, empty."""
+    url = servers.create_database(postgres, postgres_template)
+    yield url
+    servers.drop_database(url)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[servers.Server]:
+    """An S3 server, this test process's own; the environment says how to reach it."""
+    with servers.s3_server() as server, pytest.MonkeyPatch.context() as environment:
+        for name, value in servers.s3_environment(server.port).items():
+            environment.setenv(name, value)
+        yield server
+
+
+@pytest.fixture
+def s3_url(s3: servers.Server) -> str:
+    """A bucket of its own."""
+    return servers.create_bucket(s3)

@@ -47,7 +47,7 @@ from registry.errors import (
 from registry.manifest import utc_now
 
 # Revisions are numbers with leading zeros, so that older and newer ones compare as text.
-HEAD_REVISION = "0002"
+HEAD_REVISION = "0003"
 BUSY_TIMEOUT_SECONDS = 30
 _WRITERS_LOCK = 0x636B7074  # "ckpt": a key for PostgreSQL's advisory locks
 

@@ -65,7 +65,7 @@ Id = Annotated[int, mapped_column(primary_key=True)]
 Hex = Annotated[str, mapped_column(String(64))]
 Count = Annotated[int, mapped_column(BigInteger)]
 Time = Annotated[datetime, mapped_column(UtcTime)]
-Document = Annotated[Any, mapped_column(JSON)]
+Document = Annotated[Any, mapped_column(JSON(none_as_null=True))]
 
 
 def _keep(target: str) -> ForeignKey:
@@ -430,3 +430,212 @@ class EventRow(Table):
     detail: Mapped[Document]
     previous_hash: Mapped[Hex]
     hash: Mapped[Hex]
+
+
+@final
+class TokenRow(Table):
+    """Who may do what over HTTP. Only the SHA-256 of the token itself is kept; `ending` are its last characters, for people."""
+
+    __tablename__ = "tokens"
+    __table_args__ = (
+        UniqueConstraint("name"),
+        UniqueConstraint("secret_sha256"),
+        CheckConstraint("role IN ('reader', 'writer', 'shipper', 'admin')", "role_known"),
+        *_hex("secret_sha256"),
+        *_at_most(NAME_LENGTH, "name"),
+        *_at_most(LINE_LENGTH, "author"),
+    )
+
+    id: Mapped[Id]
+    name: Mapped[str]
+    role: Mapped[str]
+    namespaces: Mapped[Document]
+    secret_sha256: Mapped[Hex]
+    ending: Mapped[str]
+    created_at: Mapped[Time]
+    author: Mapped[str]
+    expires_at: Mapped[Time | None]
+    revoked_at: Mapped[Time | None]
+    last_used_at: Mapped[Time | None]
+
+
+@final
+class LeaseRow(Table):
+    """A blob that somebody has shown to have, and is about to record: it is not swept before the time, and may be named by its holder."""
+
+    __tablename__ = "leases"
+    __table_args__ = (
+        UniqueConstraint("digest", "holder"),
+        *_hex("digest"),
+        *_at_most(LINE_LENGTH, "holder"),
+        Index(None, "expires_at"),
+    )
+
+    id: Mapped[Id]
+    digest: Mapped[Hex]
+    holder: Mapped[str]
+    expires_at: Mapped[Time]
+
+
+@final
+class CondemnedRow(Table):
+    """A blob that nothing needed when a sweep looked. `is_deleting` once a sweep has decided: from then on nobody may record it."""
+
+    __tablename__ = "condemned"
+    __table_args__ = (*_hex("digest"), *_not_negative("size_bytes"))
+
+    digest: Mapped[Hex] = mapped_column(primary_key=True)
+    size_bytes: Mapped[Count]
+    marked_at: Mapped[Time]
+    is_deleting: Mapped[bool]
+
+
+@final
+class JobRow(Table):
+    """Work that is done in the background. `what`, `done_bytes`, `total_bytes` are its progress where it has no shards of its own."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        CheckConstraint("state IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')", "state_known"),
+        *_at_most(NAME_LENGTH, "kind"),
+        *_at_most(LINE_LENGTH, "what", "author"),
+        *_at_most(URL_LENGTH, "subject"),
+        *_not_negative("done_bytes", "total_bytes", "attempts"),
+        Index(None, "state"),
+    )
+
+    id: Mapped[Id]
+    kind: Mapped[str]
+    subject: Mapped[str]
+    arguments: Mapped[Document]
+    state: Mapped[str]
+    what: Mapped[str]
+    done_bytes: Mapped[Count]
+    total_bytes: Mapped[Count]
+    result: Mapped[Document | None]
+    error: Mapped[Document | None]
+    attempts: Mapped[int]
+    is_cancel_wanted: Mapped[bool]
+    author: Mapped[str]
+    created_at: Mapped[Time]
+    started_at: Mapped[Time | None]
+    finished_at: Mapped[Time | None]
+
+
+@final
+class ShardRow(Table):
+    """One output file of a merge that several workers share. `attempt` grows with each claim: who finishes with an older one is too late."""
+
+    __tablename__ = "shards"
+    __table_args__ = (
+        CheckConstraint("state IN ('queued', 'running', 'finished')", "state_known"),
+        *_at_most(URL_LENGTH, "path"),
+        *_at_most(LINE_LENGTH, "worker"),
+        *_not_negative("position", "size_bytes", "done_bytes", "attempt"),
+    )
+
+    job_id: Mapped[int] = mapped_column(_part_of("jobs.id"), primary_key=True)
+    position: Mapped[int] = mapped_column(primary_key=True)
+    path: Mapped[str]
+    size_bytes: Mapped[Count]
+    state: Mapped[str]
+    attempt: Mapped[int]
+    worker: Mapped[str]
+    done_bytes: Mapped[Count]
+    entry: Mapped[Document | None]
+    records: Mapped[Document | None]
+
+
+@final
+class JobLineRow(Table):
+    """One line of a job's log. Append-only."""
+
+    __tablename__ = "job_lines"
+    __table_args__ = (*_at_most(TEXT_LENGTH, "text"), Index(None, "job_id"))
+
+    id: Mapped[Id]
+    job_id: Mapped[int] = mapped_column(_part_of("jobs.id"))
+    at: Mapped[Time]
+    text: Mapped[str]
+
+
+@final
+class ReplyRow(Table):
+    """The answer to a write with an idempotency key, kept in its own transaction. `request` is the digest of what was asked."""
+
+    __tablename__ = "replies"
+    __table_args__ = (
+        UniqueConstraint("holder", "key"),
+        *_hex("request"),
+        *_at_most(LINE_LENGTH, "holder", "key"),
+        Index(None, "created_at"),
+    )
+
+    id: Mapped[Id]
+    holder: Mapped[str]
+    key: Mapped[str]
+    request: Mapped[Hex]
+    status: Mapped[int]
+    body: Mapped[Document]
+    created_at: Mapped[Time]
+
+
+@final
+class WebhookRow(Table):
+    """An address that is told of events; each message is signed with the secret."""
+
+    __tablename__ = "webhooks"
+    __table_args__ = (*_at_most(URL_LENGTH, "url"), *_at_most(LINE_LENGTH, "secret", "author"))
+
+    id: Mapped[Id]
+    url: Mapped[str]
+    actions: Mapped[Document]
+    secret: Mapped[str]
+    created_at: Mapped[Time]
+    author: Mapped[str]
+
+
+@final
+class DeliveryRow(Table):
+    """A message to a webhook, written in the transaction of the change it tells of."""
+
+    __tablename__ = "deliveries"
+    __table_args__ = (
+        CheckConstraint("state IN ('queued', 'delivered', 'failed')", "state_known"),
+        *_at_most(NAME_LENGTH, "action"),
+        *_at_most(TEXT_LENGTH, "error"),
+        *_not_negative("attempts"),
+        Index(None, "webhook_id"),
+    )
+
+    id: Mapped[Id]
+    webhook_id: Mapped[int] = mapped_column(_part_of("webhooks.id"))
+    action: Mapped[str]
+    payload: Mapped[Document]
+    state: Mapped[str]
+    attempts: Mapped[int]
+    status: Mapped[int | None]
+    error: Mapped[str]
+    created_at: Mapped[Time]
+    finished_at: Mapped[Time | None]
+
+
+@final
+class SignatureRow(Table):
+    """A signed statement about the content of a checkpoint or merged model, as a Sigstore bundle. `key_sha256` names the public key."""
+
+    __tablename__ = "signatures"
+    __table_args__ = (
+        UniqueConstraint("subject_digest", "kind", "key_sha256"),
+        CheckConstraint("kind IN ('content', 'provenance')", "kind_known"),
+        *_hex("subject_digest", "key_sha256"),
+        *_at_most(LINE_LENGTH, "author"),
+    )
+
+    id: Mapped[Id]
+    subject_digest: Mapped[Hex]
+    kind: Mapped[str]
+    bundle: Mapped[Document]
+    key_sha256: Mapped[Hex]
+    created_at: Mapped[Time]
+    author: Mapped[str]

@@ -11,7 +11,7 @@ import numpy as np
 from registry.changes import Change
 from registry.locations import Location
 from registry.merge.reading import Scratch
-from registry.merge.records import BlockRecord
+from registry.merge.records import NOTHING, BlockRecord
 from registry.merge.rounding import WORDS, Array, round_once, values_of
 from registry.merge.sums import FactorReader, RoundedSum
 from registry.tensors import StoredTensor
@@ -38,7 +38,7 @@ class Block:
 
     data: memoryview
     base: memoryview | None = None
-    record: BlockRecord = BlockRecord()
+    record: BlockRecord = NOTHING
 
 
 # Fills the bytes of some rows of a result, given the first row and the bytes that they start from, and tells what happened to them.
@@ -64,7 +64,7 @@ class ComputedTensor:
         origin = change.replacement or change.source
         assert origin is not None  # noqa: S101 - `is_rounded_sum` has seen it
         dtypes, total = (origin.spec.dtype, change.target.dtype), _low_rank(change, factors)
-        extra = total.record() if change.replacement is None else BlockRecord()
+        extra = total.record() if change.replacement is None else NOTHING
 
         def add(first: int, start: memoryview | None, out: memoryview, scratch: Scratch) -> BlockRecord:
             assert start is not None  # noqa: S101
@@ -123,7 +123,7 @@ def _from_weight(
     dtype, columns = change.target.dtype, change.shape[1]
     result = np.frombuffer(cast("bytes", out), WORDS[dtype])
     is_compared = start is not None and change.source is not None and change.replacement is None
-    total, step = BlockRecord(), max(1, _PART_ELEMENTS // columns)
+    total, step = NOTHING, max(1, _PART_ELEMENTS // columns)
     for row in range(0, result.size // columns, step):
         values = weight.rows(first + row, min(first + row + step, first + result.size // columns)).numpy().reshape(-1)
         part = slice(row * columns, row * columns + values.size)

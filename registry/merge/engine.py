@@ -28,7 +28,7 @@ from registry.merge.blocks import Block, ComputedTensor, Sources
 from registry.merge.journal import Journal
 from registry.merge.plan import BLOCK_BYTES, Compute, Copy, OutputFile, Plan, Segment, Sidecar
 from registry.merge.reading import Scratch
-from registry.merge.records import BlockRecord
+from registry.merge.records import NOTHING, BlockRecord
 from registry.merge.sinks import Sink, SinkWriter
 from registry.merge.sums import FactorReader
 from registry.refs import Digest
@@ -333,7 +333,7 @@ class _FileWriting:
     def _tensor(self, segment: Copy | Compute, pieces: Iterator[Block], writer: SinkWriter) -> None:
         source = segment.tensor if isinstance(segment, Copy) else segment.change.source
         hasher = None if source is None else tensor_hasher(source.spec)
-        checksum, total, was_read = 0, BlockRecord(), False
+        checksum, total, was_read = 0, NOTHING, False
         for piece in pieces:
             if piece.base is not None and hasher is not None:
                 hasher.update(piece.base)

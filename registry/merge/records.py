@@ -36,3 +36,6 @@ class BlockRecord:
             finite=self.finite and other.finite,
             coefficients=self.coefficients or other.coefficients,
         )
+
+
+NOTHING = BlockRecord()
