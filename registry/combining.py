@@ -16,7 +16,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, final
 
 from registry.base_models import open_base
-from registry.disk import Translating
 from registry.errors import InvalidInput, InvalidRecipe, NothingMerged
 from registry.examining import Examined
 from registry.formats.adapter import TOKENIZER_FILES
@@ -28,7 +27,8 @@ from registry.merge.methods import METHODS
 from registry.mixing import Mixture, Together, together
 from registry.refs import nearest_name
 from registry.registering import Registration, register
-from registry.tensors import DType, TensorSpec, layout_safetensors
+from registry.tensors import DType, TensorSpec
+from registry.weights_files import write_safetensors
 from registry.workspace import Progress, Workspace, silent
 
 if TYPE_CHECKING:
@@ -196,11 +196,8 @@ def _write(workspace: Workspace, made: _Made, folder: Path) -> None:
                     (folder / name).write_bytes(stream.read())
     tensors = dict(made.tensors())
     specs = [TensorSpec(name, DType.F32, tuple(values.shape)) for name, values in tensors.items()]
-    weights = folder / WEIGHTS_FILES[0]
-    with Translating(str(weights)), weights.open("wb") as stream:
-        stream.write(layout_safetensors(specs, {"format": "pt"}, weights.name)[0])
-        for values in tensors.values():
-            stream.write(values.astype("<f4", copy=False).tobytes())
+    data = (values.astype("<f4", copy=False).tobytes() for values in tensors.values())
+    write_safetensors(folder / WEIGHTS_FILES[0], specs, data)
 
 
 def _shaped(found: Joined, layer: Layer, rank: int) -> tuple[Any, Any]:

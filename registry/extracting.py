@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from registry.base_models import current_base, open_base
-from registry.disk import Translating, appearing, passing, sync
+from registry.disk import appearing, passing
 from registry.errors import BaseChanged, InvalidInput, NotConvertible, Refused
 from registry.formats import read_adapter, resolve
 from registry.formats.adapter import TOKENIZER_FILES, spec_like
@@ -30,7 +30,8 @@ from registry.merge.extract import at_once, difference, distance, fit, peak_byte
 from registry.merge.weight import one_thread
 from registry.rearranging import Model, copy_files
 from registry.registering import Registered, Registration, register
-from registry.tensors import DType, StoredTensor, TensorSpec, layout_safetensors
+from registry.tensors import DType, StoredTensor, TensorSpec
+from registry.weights_files import write_safetensors
 from registry.workspace import Progress, Workspace, silent
 
 RECORD_FILE = "extraction.json"
@@ -247,26 +248,29 @@ class _Making:
 
     # -- writing
 
-    def _write(self, folder: Path, sorted_: _Sorted) -> Iterator[Extracted]:
+    def _write(self, folder: Path, sorted_: _Sorted) -> list[Extracted]:
         wholes = [*sorted_.whole, *sorted_.biases]
         specs = [spec for tensor in sorted_.factors for spec in self._factor_specs(tensor)]
         targeted = {_module(tensor) for tensor in sorted_.factors}
         specs += [spec_like(self.after[t.spec.name].spec, name=_whole_key(t, targeted)) for t in wholes]
-        path, total = folder / WEIGHTS_FILES[0], sum(tensor.spec.size_bytes for tensor in sorted_.factors)
-        head, _ = layout_safetensors(specs, {"format": "pt"}, path.name)
-        with Translating(str(path)), path.open("wb") as file:
-            file.write(head)
-            for tensor, (factors, record) in self._fits(sorted_.factors):
-                for data in factors:
-                    file.write(data)
-                self.progress("extracting", tensor.spec.size_bytes, total)
-                yield record
-            for tensor in wholes:
-                file.write(_read(self.tuned.location, self.after[tensor.spec.name]))
-                if size := self._distance(tensor.spec.name):
-                    yield Extracted(name=tensor.spec.name, kind="whole", size=size, residual=0.0)
-            sync(file)
+        done: list[Extracted] = []
+        write_safetensors(folder / WEIGHTS_FILES[0], specs, self._data(sorted_.factors, wholes, done))
         write_json(folder / CONFIG_FILE, self._config(sorted_))
+        return done
+
+    def _data(
+        self, factors: Sequence[StoredTensor], wholes: Sequence[StoredTensor], done: list[Extracted]
+    ) -> Iterator[bytes]:
+        """The bytes of all tensors in order; what became of each is added to `done` on the way."""
+        total = sum(tensor.spec.size_bytes for tensor in factors)
+        for tensor, (pair, record) in self._fits(factors):
+            yield from pair
+            self.progress("extracting", tensor.spec.size_bytes, total)
+            done.append(record)
+        for tensor in wholes:
+            yield _read(self.tuned.location, self.after[tensor.spec.name])
+            if size := self._distance(tensor.spec.name):
+                done.append(Extracted(name=tensor.spec.name, kind="whole", size=size, residual=0.0))
 
     def _fits(
         self, tensors: Sequence[StoredTensor]

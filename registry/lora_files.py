@@ -11,7 +11,7 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, final
 
-from registry.disk import Translating, sync
+from registry.disk import Translating
 from registry.formats.litgpt import FLAGS, HYPERPARAMETERS_FILE
 from registry.formats.litgpt_heads import QKV_PARTS, Heads, flag_of
 from registry.formats.lora_blocks import Block, Module, blocks_of, column_view, common_scale, row_view
@@ -19,9 +19,9 @@ from registry.formats.peft import CONFIG_FILE, WEIGHTS_FILES
 from registry.locations import Location
 from registry.merge.reading import read_matrix
 from registry.merge.rounding import WORDS, Array, round_once, values_of
-from registry.tensors import DType, TensorSpec, layout_safetensors
-from registry.torchwriting import write_torch_zip
+from registry.tensors import DType, TensorSpec
 from registry.torchzip import layout_torch_zip
+from registry.weights_files import write_safetensors, write_torch_zip
 
 LITGPT_LORA = "lit_model.pth.lora"
 _PRECISIONS = {DType.BF16: "bf16-true", DType.F16: "16-true"}
@@ -119,14 +119,8 @@ def write_peft(
     for name, module in modules.items():
         specs.append(TensorSpec(f"base_model.model.{name}.lora_A.weight", factors.dtype, (module.rank, module.columns)))
         specs.append(TensorSpec(f"base_model.model.{name}.lora_B.weight", factors.dtype, (module.rows, module.rank)))
-    path = folder / WEIGHTS_FILES[0]
-    head, _ = layout_safetensors(specs, {"format": "pt"}, path.name)
-    with Translating(str(path)), path.open("wb") as file:
-        file.write(head)
-        for module in modules.values():
-            for data in factors.make(module, module.rank):
-                file.write(data)
-        sync(file)
+    data = (piece for module in modules.values() for piece in factors.make(module, module.rank))
+    write_safetensors(folder / WEIGHTS_FILES[0], specs, data)
     config = peft_config(
         {name: module.rank for name, module in modules.items()}, scales, base_name=base_name, base_modules=base_modules, dropout=dropout
     )  # fmt: skip
@@ -309,12 +303,8 @@ def write_litgpt(folder: Path, lora: LitgptLora, location: Location, *, base_pla
         rows, columns = sum(lora.modules[each].rows for each in needed), lora.modules[needed[0]].columns
         specs.append(TensorSpec(f"{name}.lora_A", factors.dtype, (lora.rank * len(needed), columns)))
         specs.append(TensorSpec(f"{name}.lora_B", factors.dtype, (rows, lora.rank)))
-    path = folder / LITGPT_LORA
-    layout = layout_torch_zip(specs, {}, path.name)
     data = _litgpt_data(lora, factors)
-    with Translating(str(path)), path.open("wb") as file:
-        write_torch_zip(file, layout, lambda name: [next(data)])
-        sync(file)
+    write_torch_zip(folder / LITGPT_LORA, layout_torch_zip(specs, {}, LITGPT_LORA), lambda name: [next(data)])
     fields = {
         "checkpoint_dir": base_place,
         "precision": _PRECISIONS.get(factors.dtype, "32-true"),

@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, final
 
-from registry.disk import Translating, sync
 from registry.errors import CorruptFile, PathNotFound
 from registry.formats.base_model import INDEX_FILE, LITGPT_WEIGHTS
 from registry.formats.litgpt_names import Moved, Range
 from registry.locations import Location
-from registry.tensors import StoredTensor, layout_safetensors
-from registry.torchwriting import write_torch_zip
+from registry.tensors import StoredTensor
 from registry.torchzip import layout_torch_zip
+from registry.weights_files import write_safetensors, write_torch_zip
 
 BLOCK_BYTES = 4 << 20
 SHARD_BYTES = 5_000_000_000
@@ -95,14 +94,8 @@ class RearrangedModel:
             for number in range(len(shards))
         ]
         for name, shard in zip(names, shards, strict=True):
-            head, _ = layout_safetensors([tensor.spec for tensor in shard], {"format": "pt"}, name)
-            with Translating(str(folder / name)), (folder / name).open("wb") as file:
-                file.write(head)
-                for tensor in shard:
-                    for block in self._blocks(tensor):
-                        file.write(block)
-                        advance(len(block))
-                sync(file)
+            blocks = (block for tensor in shard for block in self._blocks(tensor))
+            write_safetensors(folder / name, [tensor.spec for tensor in shard], _told(blocks, advance))
         if len(shards) > 1:
             weight_map = {tensor.spec.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
             index = {"metadata": {"total_size": self._size_bytes}, "weight_map": dict(sorted(weight_map.items()))}
@@ -118,10 +111,7 @@ class RearrangedModel:
         """
         by_name = {tensor.spec.name: tensor for tensor in self.tensors}
         layout = layout_torch_zip([tensor.spec for tensor in self.tensors], same_storage, LITGPT_WEIGHTS)
-        path = folder / LITGPT_WEIGHTS
-        with Translating(str(path)), path.open("wb") as file:
-            write_torch_zip(file, layout, lambda name: _told(self._blocks(by_name[name]), advance))
-            sync(file)
+        write_torch_zip(folder / LITGPT_WEIGHTS, layout, lambda name: _told(self._blocks(by_name[name]), advance))
 
 
 def _told(blocks: Iterator[memoryview], advance: Advance) -> Iterator[memoryview]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from registry.base_models import base_of_adapter, find_base
-from registry.disk import Translating, appearing, passing, sync
+from registry.disk import Translating, appearing, passing
 from registry.errors import InvalidInput, NotConvertible, PathNotFound, Refused
 from registry.formats import read_adapter, resolve
 from registry.formats.adapter import TOKENIZER_FILES, read_json, read_tensors, read_yaml
@@ -24,9 +24,9 @@ from registry.locations import Location, open_location
 from registry.manifest import Level, Origin, Report
 from registry.rearranging import copy_files
 from registry.registering import Registered, Registration, register
-from registry.tensors import StoredTensor, TensorSpec, layout_safetensors
-from registry.torchwriting import write_torch_zip
+from registry.tensors import StoredTensor, TensorSpec
 from registry.torchzip import layout_torch_zip
+from registry.weights_files import write_safetensors, write_torch_zip
 from registry.workspace import Progress, Workspace, silent
 
 _WORDS = "an adapter"
@@ -252,13 +252,7 @@ def _without_stray_biases(found: Sequence[_Source], bias: str) -> list[_Source]:
 
 
 def _write_peft(folder: Path, found: Sequence[_Source], beside: Location, config: str) -> None:
-    path = folder / WEIGHTS_FILES[0]
-    head, _ = layout_safetensors([source.spec for source in found], {"format": "pt"}, path.name)
-    with Translating(str(path)), path.open("wb") as file:
-        file.write(head)
-        for source in found:
-            file.write(source.read())
-        sync(file)
+    write_safetensors(folder / WEIGHTS_FILES[0], [source.spec for source in found], (source.read() for source in found))
     _copy_config(folder, beside, config, CONFIG_FILE)
     _copy_sidecars(folder, beside, config)
 
@@ -296,9 +290,7 @@ def _write_litgpt(folder: Path, found: Sequence[_Source], beside: Location, conf
     path = folder / f"lit_model.pth.{kind}"
     by_name = {source.name: source for source in found}
     layout = layout_torch_zip([source.spec for source in found], {}, path.name)
-    with Translating(str(path)), path.open("wb") as file:
-        write_torch_zip(file, layout, lambda name: [by_name[name].read()])
-        sync(file)
+    write_torch_zip(path, layout, lambda name: [by_name[name].read()])
     _copy_config(folder, beside, config, HYPERPARAMETERS_FILE)
     _copy_sidecars(folder, beside, config)
 
