@@ -11,6 +11,7 @@ from registry.base_models import current_base, open_base
 from registry.changes import Resolution
 from registry.compatibility import Facts, check
 from registry.errors import CorruptFile, UnreadableFile
+from registry.fingerprint import blocks_of
 from registry.formats import Adapter, read_adapter, resolve
 from registry.formats.adapter import read_json
 from registry.locations import Location
@@ -19,7 +20,6 @@ from registry.merge.plan import PROVENANCE_FILE
 from registry.tensors import DType, StoredTensor
 from registry.workspace import Progress, Workspace, silent
 
-_BLOCK_BYTES = 4 << 20
 _TOKENIZER_FILE = "tokenizer.json"
 _MAX_TOKENIZER_BYTES = 128 << 20
 
@@ -81,9 +81,7 @@ def _look_at(folder: Location, tensor: StoredTensor) -> _Seen:
     if tensor.spec.dtype not in words:
         return _Seen()
     (word, exponent), is_zero = words[tensor.spec.dtype], True
-    for start in range(0, tensor.spec.size_bytes, _BLOCK_BYTES):
-        block = bytearray(min(_BLOCK_BYTES, tensor.spec.size_bytes - start))
-        folder.read_into(tensor.file, tensor.offset_bytes + start, memoryview(block))
+    for block in blocks_of(folder, tensor):
         values = np.frombuffer(block, dtype=word)
         if ((values & word(exponent)) == word(exponent)).any():
             return _Seen(is_finite=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -90,7 +90,7 @@ def digest_tensors(
             identity = location.identity(file)
             known = cache.get(location.url, file, identity)
             if known is None or not {tensor.spec.name for tensor in members} <= set(known):
-                digests = pool.map(lambda tensor: _digest_tensor(location, tensor, advance), members)
+                digests = pool.map(lambda tensor: digest_tensor(location, tensor, advance), members)
                 known = {tensor.spec.name: digest for tensor, digest in zip(members, digests, strict=True)}
                 # A file that was being written while it was read must not be remembered as what it was before.
                 if location.identity(file) == identity:
@@ -101,15 +101,23 @@ def digest_tensors(
     return found
 
 
-def _digest_tensor(location: Location, tensor: StoredTensor, advance: Advance) -> Digest:
-    hasher, size = tensor_hasher(tensor.spec), tensor.spec.size_bytes
+def digest_tensor(location: Location, tensor: StoredTensor, advance: Advance = lambda done_bytes: None) -> Digest:
+    """The digest of one tensor, as the fingerprint has it."""
+    hasher = tensor_hasher(tensor.spec)
+    for block in blocks_of(location, tensor):
+        hasher.update(block)
+        advance(len(block))
+    return Digest(hasher.hexdigest())
+
+
+def blocks_of(location: Location, tensor: StoredTensor) -> Iterator[memoryview]:
+    """The bytes of a tensor in blocks that share one buffer: each is valid until the next."""
+    size = tensor.spec.size_bytes
     buffer = memoryview(bytearray(min(BLOCK_BYTES, size)))
     for start in range(0, size, BLOCK_BYTES):
         block = buffer[: min(BLOCK_BYTES, size - start)]
         location.read_into(tensor.file, tensor.offset_bytes + start, block)
-        hasher.update(block)
-        advance(len(block))
-    return Digest(hasher.hexdigest())
+        yield block
 
 
 @final

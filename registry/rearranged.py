@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, final
 
 from registry.errors import CorruptFile, PathNotFound
+from registry.fingerprint import blocks_of
 from registry.formats.base_model import INDEX_FILE, LITGPT_WEIGHTS
 from registry.formats.litgpt_names import Moved, Range
 from registry.locations import Location
@@ -19,7 +20,6 @@ from registry.tensors import StoredTensor
 from registry.torchzip import layout_torch_zip
 from registry.weights_files import write_safetensors, write_torch_zip
 
-BLOCK_BYTES = 4 << 20
 SHARD_BYTES = 5_000_000_000
 _FILE = "rearranged"
 
@@ -73,13 +73,6 @@ class RearrangedModel:
     def close(self) -> None:
         self._source.close()
 
-    def _blocks(self, tensor: StoredTensor) -> Iterator[memoryview]:
-        buffer = memoryview(bytearray(min(BLOCK_BYTES, tensor.spec.size_bytes)))
-        for start in range(0, tensor.spec.size_bytes, BLOCK_BYTES):
-            block = buffer[: min(BLOCK_BYTES, tensor.spec.size_bytes - start)]
-            self.read_into(tensor.file, tensor.offset_bytes + start, block)
-            yield block
-
     def write_safetensors(self, folder: Path, advance: Advance, shard_bytes: int = SHARD_BYTES) -> None:
         """Write `model.safetensors`, or shards with their index, as transformers does.
 
@@ -94,7 +87,7 @@ class RearrangedModel:
             for number in range(len(shards))
         ]
         for name, shard in zip(names, shards, strict=True):
-            blocks = (block for tensor in shard for block in self._blocks(tensor))
+            blocks = (block for tensor in shard for block in blocks_of(self, tensor))
             write_safetensors(folder / name, [tensor.spec for tensor in shard], _told(blocks, advance))
         if len(shards) > 1:
             weight_map = {tensor.spec.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
@@ -111,7 +104,7 @@ class RearrangedModel:
         """
         by_name = {tensor.spec.name: tensor for tensor in self.tensors}
         layout = layout_torch_zip([tensor.spec for tensor in self.tensors], same_storage, LITGPT_WEIGHTS)
-        write_torch_zip(folder / LITGPT_WEIGHTS, layout, lambda name: _told(self._blocks(by_name[name]), advance))
+        write_torch_zip(folder / LITGPT_WEIGHTS, layout, lambda name: _told(blocks_of(self, by_name[name]), advance))
 
 
 def _told(blocks: Iterator[memoryview], advance: Advance) -> Iterator[memoryview]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, final
 
 from registry.changes import Change, Combined, LowRank, Part, Resolution
-from registry.fingerprint import tensor_hasher
+from registry.fingerprint import digest_tensor
 from registry.formats import Adapter
 from registry.formats.adapter import spec_like
 from registry.formats.base_model import Embeddings
@@ -21,11 +21,9 @@ from registry.formats.findings import unsupported
 from registry.locations import Location
 from registry.manifest import BaseModel, Finding, Recipe
 from registry.merge.methods import fixed_coefficients
-from registry.refs import Digest
 from registry.tensors import StoredTensor
 
 _TIE = "tie_word_embeddings"
-_BLOCK_BYTES = 4 << 20
 _SEPARATELY = "merge each by itself: these inputs make models of different shapes"
 
 
@@ -99,18 +97,9 @@ def without_copies(resolution: Resolution, folder: Location, base: BaseModel) ->
         saved, source = change.replacement, change.source
         if saved is not None and source is not None and saved not in is_copy:
             alike = spec_like(saved.spec, name=source.spec.name) == source.spec
-            is_copy[saved] = alike and _digest(folder, saved) == base.fingerprint.tensors[source.spec.name]
+            is_copy[saved] = alike and digest_tensor(folder, saved) == base.fingerprint.tensors[source.spec.name]
         changes.append(replace(change, replacement=None) if saved is not None and is_copy.get(saved) else change)
     return replace(resolution, changes=tuple(changes))
-
-
-def _digest(folder: Location, tensor: StoredTensor) -> Digest:
-    hasher, buffer = tensor_hasher(tensor.spec), memoryview(bytearray(_BLOCK_BYTES))
-    for start in range(0, tensor.spec.size_bytes, _BLOCK_BYTES):
-        block = buffer[: min(_BLOCK_BYTES, tensor.spec.size_bytes - start)]
-        folder.read_into(tensor.file, tensor.offset_bytes + start, block)
-        hasher.update(block)
-    return Digest(hasher.hexdigest())
 
 
 def unite(resolutions: Sequence[Resolution], recipe: Recipe, embeddings: Embeddings | None) -> Resolution:
