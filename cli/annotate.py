@@ -1,4 +1,4 @@
-"""`ckpt note`, `tag`, `metric`, `alias`, `rm`, `gc`, `db`: what people add to checkpoints, what they remove, and upkeep."""
+"""`ckpt note`, `tag`, `metric`, `alias`, `rm`: what people add to checkpoints, and what they remove."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from registry.errors import InvalidInput, InvalidReference
 from registry.refs import CheckpointRef
 
 metric_app = typer.Typer(no_args_is_help=True, help="Metrics of checkpoints.")
-db_app = typer.Typer(no_args_is_help=True, help="The database.")
 alias_app = typer.Typer(no_args_is_help=True, help="Movable names inside an adapter: support-bot@candidate.")
 
 
@@ -94,24 +93,3 @@ def rm(ref: Ref, yes: Annotated[bool, flag("--yes", "Do not ask.", "-y")] = Fals
         registry.remove(checkpoint)
     output.print_line(f"removed {checkpoint.ref}")
     output.say("its files stay in the store until `ckpt gc`")
-
-
-def gc(
-    older_than: Annotated[
-        str, typer.Option(metavar="AGE", help="Spare what was stored within this time, such as 24h or 7d.")
-    ] = "24h",
-    dry_run: Annotated[bool, flag("--dry-run", "Only say what would be removed.")] = False,
-) -> None:
-    """Remove files from the store that nothing refers to any more."""
-    with connect() as registry:
-        swept = registry.sweep(older_than=parse.duration(older_than), dry_run=dry_run)
-    what = "would remove" if dry_run else "removed"
-    output.print_line(f"{what} {swept.blobs} files, {output.size(swept.size_bytes)}")
-
-
-@db_app.command("upgrade")
-def db_upgrade() -> None:
-    """Bring the database to this version's tables. SQLite's is upgraded by itself, after a backup; others only here."""
-    with connect() as registry:
-        registry.upgrade_database()
-    output.print_line("the database is up to date")

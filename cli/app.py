@@ -20,7 +20,7 @@ _INTERRUPTED = 130
 _EPILOG = (
     "A checkpoint is asked for as name (the newest), name@v3, name@alias, name@production, name@step:500, name@run:3, name@best:eval_loss, "
     "or by 6 and more digits of its digest. Data goes to stdout, talk to stderr. "
-    "Environment: CKPT_HOME, CKPT_DATABASE_URL, CKPT_STORE, CKPT_USER."
+    "Environment: CKPT_HOME, CKPT_DATABASE_URL, CKPT_STORE, CKPT_USER; for a server CKPT_SERVER, CKPT_TOKEN."
 )
 
 # Name, where it is defined, and its panel in the help, in the order of the help.
@@ -41,14 +41,28 @@ COMMANDS = (
     ("ship", "cli.ship:ship", "Ship"),
     ("shipped", "cli.ship:shipped", "Ship"),
     ("rollback", "cli.ship:rollback", "Ship"),
+    ("sign", "cli.sign:sign", "Sign"),
+    ("verify-signature", "cli.sign:verify_signature", "Sign"),
+    ("signatures", "cli.sign:signatures", "Sign"),
+    ("provenance", "cli.sign:provenance", "Sign"),
     ("note", "cli.annotate:note", "Keep order"),
     ("tag", "cli.annotate:tag", "Keep order"),
     ("metric", "cli.annotate:metric_app", "Keep order"),
     ("alias", "cli.annotate:alias_app", "Keep order"),
     ("history", "cli.choose:history", "Keep order"),
     ("rm", "cli.annotate:rm", "Keep order"),
-    ("gc", "cli.annotate:gc", "Keep order"),
-    ("db", "cli.annotate:db_app", "Keep order"),
+    ("jobs", "cli.jobs:jobs_app", "Work as a team"),
+    ("worker", "cli.jobs:worker", "Work as a team"),
+    ("gc", "cli.care:gc", "Keep order"),
+    ("verify", "cli.care:verify", "Keep order"),
+    ("doctor", "cli.care:doctor", "Keep order"),
+    ("audit", "cli.audit:audit_app", "Keep order"),
+    ("login", "cli.login:login", "Work as a team"),
+    ("logout", "cli.login:logout", "Work as a team"),
+    ("serve", "cli.serve:serve", "Work as a team"),
+    ("token", "cli.token:token_app", "Work as a team"),
+    ("webhook", "cli.webhook:webhook_app", "Work as a team"),
+    ("db", "cli.db:db_app", "Keep order"),
 )
 
 

@@ -27,12 +27,14 @@ from cli.options import (
     flag,
 )
 from registry import connect
-from registry.errors import InvalidRecipe
+from registry.codec import plain
+from registry.errors import InvalidInput, InvalidRecipe
 from registry.manifest import Level, to_json
 from registry.tensors import DType
 
 if TYPE_CHECKING:
     from registry.merging import Planned
+    from registry.service import Registry
 
 _REFUSED = 4
 
@@ -46,7 +48,7 @@ def check(
 ) -> None:
     """Say whether a checkpoint goes with its base model and can be merged: every finding, not just the first. Exit code 4 when refused."""
     with connect() as registry, output.progress() as progress:
-        report = registry.check(registry.resolve(ref), base, progress).report
+        report = registry.check(registry.resolve(ref), base, progress)
     if json:
         output.print_json({**to_json(report), "verdict": report.verdict.value})
     else:
@@ -81,6 +83,10 @@ def merge(
         flag("--allow-lossy", "Merge even what can only be merged in part. What is lost is measured and recorded."),
     ] = False,
     dry_run: Annotated[bool, flag("--dry-run", "Only show the plan.")] = False,
+    detach: Annotated[
+        bool,
+        flag("--detach", "Print the number of the job that does it, and do not wait. With a server or workers only."),
+    ] = False,
     note: Note = "",
     json: Json = False,
 ) -> None:
@@ -108,6 +114,9 @@ def merge(
         if dry_run:
             _print_plan(planned, json=json)
             return
+        if detach:
+            _detach(registry, planned, out, note, json=json)
+            return
         with output.progress() as progress:
             result = registry.merge(planned, out=out, note=note, progress=progress)
     if json:
@@ -119,6 +128,22 @@ def merge(
             output.say(
                 f"[yellow]![/yellow] {output.plain(finding.where)}: {output.plain(finding.found)} ({output.plain(finding.advice)})"
             )
+
+
+def _detach(registry: Registry, planned: Planned, out: str | None, note: str, *, json: bool) -> None:
+    settings = registry.settings
+    if not (settings.is_shared or settings.server):
+        raise InvalidInput(
+            "--detach", "", "merges run in this very process: there is no server or worker to leave it to"
+        )
+    if out is not None:
+        raise InvalidInput("--detach", "", "workers merge into the store: leave --out away, and `ckpt pull` the result")
+    job = registry.start_merge(planned, note)
+    if json:
+        output.print_json(plain(job))
+    else:
+        output.print_line(str(job.id))
+    output.say(f"`ckpt jobs show {job.id} --follow` waits for it")
 
 
 def _dtype(text: str) -> DType | None:
@@ -133,9 +158,9 @@ def _dtype(text: str) -> DType | None:
 def _print_plan(planned: Planned, *, json: bool) -> None:
     threads = os.cpu_count() or 1
     if json:
-        output.print_json(views.plan_json(planned.plan, threads))
+        output.print_json(views.plan_json(planned.outline, threads))
     else:
-        views.print_plan(planned.plan, threads)
+        views.print_plan(planned.outline, threads)
 
 
 def pull(

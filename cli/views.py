@@ -27,9 +27,7 @@ from registry.selection import direction_of
 if TYPE_CHECKING:
     from registry.base_models import Verification
     from registry.combining import Combination
-    from registry.merge.plan import Plan
-    from registry.merging import MergeResult
-    from registry.service import Details
+    from registry.results import Details, MergeResult, Outline
 
 _SHOWN_METRICS = 3
 _LEVEL_STYLES = {Level.PASS: ("✓", "green"), Level.WARNING: ("!", "yellow"), Level.REFUSED: ("✗", "bold red")}
@@ -390,15 +388,15 @@ def print_verification(found: Verification) -> None:
     print_table(["finding", "tensor"], rows)
 
 
-def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
+def plan_json(plan: Outline, threads: int) -> dict[str, Any]:
     """A plan for programs."""
     return {
         "recipe": to_json(plan.recipe),
         "recipe_digest": str(plan.recipe.digest),
-        "base": plan.base.name,
+        "base": plan.base,
         "files": [{"path": file.path, "size_bytes": file.size_bytes} for file in plan.files],
         "sidecars": [{"path": sidecar.path, "from": sidecar.origin} for sidecar in plan.sidecars],
-        "tensors_computed": [change.target.name for change in plan.computed],
+        "tensors_computed": list(plan.computed),
         "bytes_copied": plan.bytes_copied,
         "bytes_computed": plan.bytes_computed,
         "size_bytes": plan.size_bytes,
@@ -406,9 +404,9 @@ def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
     }
 
 
-def print_plan(plan: Plan, threads: int) -> None:
+def print_plan(plan: Outline, threads: int) -> None:
     """What a merge would write, and from what."""
-    rows = [[file.path, size(file.size_bytes), "weights"] for file in plan.files]
+    rows = [[file.path, size(file.size_bytes or 0), "weights"] for file in plan.files]
     rows += [
         [sidecar.path, "", {"made": "written anew"}.get(sidecar.origin, f"the {sidecar.origin}'s")]
         for sidecar in plan.sidecars
@@ -417,7 +415,7 @@ def print_plan(plan: Plan, threads: int) -> None:
     print_facts(
         {
             "recipe": str(plan.recipe.digest),
-            "tensors changed": f"{len(plan.computed)} of {len(plan.base.tensors)}",
+            "tensors changed": f"{len(plan.computed)} of {plan.tensors}",
             "bytes copied": size(plan.bytes_copied),
             "bytes computed": size(plan.bytes_computed),
             "peak memory": f"about {size(plan.peak_bytes(threads))}",

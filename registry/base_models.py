@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from registry.errors import Changed, Conflict, NotACheckpoint, PathNotFound, UnknownBase
-from registry.fingerprint import DigestCache, architecture_digest, digest_tensors, weights_digest
+from registry.base_folders import AddedBase as AddedBase
+from registry.base_folders import fingerprint_of, name_of_place, places_of_base
+from registry.errors import Changed, Conflict, NotACheckpoint, PathNotFound, UnknownBase, Unreachable
+from registry.fingerprint import DigestCache, architecture_digest, weights_digest
 from registry.formats import Adapter
-from registry.formats.base_model import RUN_FOLDER, BaseHead, read_base
+from registry.formats.base_model import BaseHead, read_base
 from registry.locations import Location, local_folder, open_location
-from registry.manifest import BaseFile, BaseModel, FileEntry, Fingerprint
-from registry.refs import AdapterName, Digest, nearest_name
+from registry.manifest import BaseFile, BaseModel, FileEntry, Fingerprint, utc_now
+from registry.refs import AdapterName, Digest
+from registry.settings import Settings
 from registry.store import StoredFolder
+from registry.storing import recording
 from registry.workspace import Progress, Workspace, nothing_but, silent
 
-_HUB_SNAPSHOT = re.compile(r"models--(?:(?P<namespace>.+?)--)?(?P<name>.+)/snapshots/[^/]+")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AddedBase:
-    """A base model that was asked to be recorded; `created` is False when these weights were known."""
-
-    base: BaseModel
-    created: bool
+_OF_ONE_MACHINE = ("local", "memory")  # besides paths and `file://`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,27 +69,78 @@ def add_base(
     """
     if name:
         AdapterName.parse(name)
+    add = partial(_add_base, workspace, url, name=name, arch_version=arch_version, copy=copy, progress=progress)
+    return recording(workspace, add)
+
+
+def _add_base(
+    workspace: Workspace, url: str, *, name: str, arch_version: str, copy: bool, progress: Progress
+) -> AddedBase:
     with closing(open_location(url)) as location:
         head = read_base(location)
         files = head.files(location)
-        fingerprint = _fingerprint(workspace.cache, location, head, progress)
+        fingerprint = fingerprint_of(workspace.cache, location, head, progress)
         entries = _copy(workspace, location, head, files) if copy else ()
         place: Location = StoredFolder(workspace.store, entries) if copy else location
+    found = BaseModel(
+        name=name,
+        url=place.url,
+        in_store=copy,
+        format=head.format,
+        fingerprint=fingerprint,
+        arch_version=arch_version,
+        config=head.config,
+        files=head.files(place) if copy else files,
+        tensors=head.tensors,
+        created_at=utc_now(),
+        author=workspace.settings.author,
+    )
+    return _record(workspace, found, entries, location.url)
+
+
+def receive_base(
+    workspace: Workspace, base: BaseModel, copied: Sequence[FileEntry] = (), source: str = ""
+) -> AddedBase:
+    """Record a base model that a client has fingerprinted.
+
+    Its digests of tensors are taken over: merging compares every tensor that it reads with them. Everything else follows from them and, where
+    the files are in the store, from those.
+
+    Args:
+        base: as the client found it.
+        copied: its files, where they were sent into the store.
+        source: where they lay, which may name it.
+
+    Raises:
+        Changed: the client's fingerprint is not that of what it says, or of the files.
+        NotACheckpoint, CorruptFile, UnsafePickle, NameTaken, Conflict: as `add_base`.
+        BlobSwept, DamagedBlob: a file is not in the store (any more).
+    """
+    if base.name:
+        AdapterName.parse(base.name)
+    found = replace(base, in_store=bool(copied), author=workspace.settings.author, created_at=utc_now())
+    if copied:
+        place = StoredFolder(workspace.store, copied)
+        head = read_base(place)
+        found = replace(
+            found, url=place.url, format=head.format, config=head.config, files=head.files(place), tensors=head.tensors
+        )
+    specs = [tensor.spec for tensor in found.tensors]
+    expected = Fingerprint(
+        architecture=architecture_digest(found.format, found.config, specs),
+        weights=weights_digest(found.fingerprint.tensors),
+        tensors=found.fingerprint.tensors,
+    )
+    if expected != found.fingerprint or {spec.name for spec in specs} != set(found.fingerprint.tensors):
+        raise Changed(source or base.url, str(expected.weights), str(base.fingerprint.weights))
+    return _record(workspace, found, tuple(copied), source or base.url)
+
+
+def _record(workspace: Workspace, found: BaseModel, entries: tuple[FileEntry, ...], place: str) -> AddedBase:
+    """Record a base model, or where one lies that is known."""
+    name, arch_version = found.name, found.arch_version
     with workspace.writing() as change:
         workspace.check_stored(entries)
-        found = BaseModel(
-            name=name,
-            url=place.url,
-            in_store=copy,
-            format=head.format,
-            fingerprint=fingerprint,
-            arch_version=arch_version,
-            config=head.config,
-            files=head.files(place) if copy else files,
-            tensors=head.tensors,
-            created_at=change.at,
-            author=change.author,
-        )
         known = change.catalog.bases.by_weights(found.digest)
         if known is not None:
             merged = _same_base(known, found, name)
@@ -101,26 +148,10 @@ def add_base(
                 change.catalog.bases.update(merged, stored_entries(merged))
                 change.record("base.move", known.name, url=merged.url, **nothing_but({"arch_version": arch_version}))
             return AddedBase(base=merged, created=False)
-        base = replace(found, name=name or _free_name(change.catalog.bases.names(), location.url, found.digest))
+        base = replace(found, name=name or _free_name(change.catalog.bases.names(), place, found.digest))
         change.catalog.bases.add(base, entries)
         change.record("base.add", base.name, weights=base.digest.hex, url=base.url)
         return AddedBase(base=base, created=True)
-
-
-def _fingerprint(
-    cache: DigestCache,
-    location: Location,
-    head: BaseHead,
-    progress: Progress,
-    what: str = "fingerprinting the base model",
-) -> Fingerprint:
-    total = sum(tensor.spec.size_bytes for tensor in head.tensors)
-    digests = digest_tensors(location, head.tensors, cache=cache, advance=lambda done: progress(what, done, total))
-    return Fingerprint(
-        architecture=architecture_digest(head.format, head.config, [tensor.spec for tensor in head.tensors]),
-        weights=weights_digest(digests),
-        tensors=digests,
-    )
 
 
 def _copy(
@@ -151,18 +182,8 @@ def _same_base(known: BaseModel, found: BaseModel, name: str) -> BaseModel:
 
 
 def _free_name(taken: list[str], url: str, digest: Digest) -> str:
-    chosen = _name_of_place(url)
+    chosen = name_of_place(url)
     return f"{chosen}-{digest.short}" if chosen in taken else chosen
-
-
-def _name_of_place(url: str) -> str:
-    if match := _HUB_SNAPSHOT.search(url):
-        return "/".join(part for part in (match["namespace"], match["name"]) if part)
-    parent, _, name = url.rstrip("/").rpartition("/")
-    if RUN_FOLDER.fullmatch(name):  # what many runs call a step says less than which run it is of
-        run = parent.rpartition("/")[2]
-        name = run if name == "final" else f"{run}-{name}"
-    return str(nearest_name(name, "base"))
 
 
 def find_base(workspace: Workspace, text: str, *, arch_version: str = "", progress: Progress = silent) -> BaseModel:
@@ -194,7 +215,7 @@ def base_of_adapter(
     """
     if not adapter.base_name:
         raise UnknownBase("(the files do not name one)")
-    for place in _places(adapter.base_name, near, workspace.settings.hub_cache):
+    for place in places_of_base(adapter.base_name, near, workspace.settings.hub_cache):
         try:
             return add_base(workspace, str(place), arch_version=arch_version, progress=progress).base
         except (NotACheckpoint, PathNotFound):
@@ -206,19 +227,6 @@ def base_of_adapter(
     raise UnknownBase(adapter.base_name, names)
 
 
-def _places(name: str, near: str, hub_cache: Path) -> Iterator[Path]:
-    """Where a base model called so may lie: a path from here or from around the adapter, in litgpt's `checkpoints/`, in the Hub's cache."""
-    folder = local_folder(near)
-    parents = [folder, *list(folder.parents)[:3]] if folder is not None else []
-    for start in (Path.cwd(), *parents):
-        for place in (start / name, start / "checkpoints" / name):
-            if os.path.isdir(place):  # unlike Path.is_dir, false for a name that is too long
-                yield place
-    main = hub_cache / f"models--{name.replace('/', '--')}" / "refs" / "main"
-    if re.fullmatch(r"[\w.-]+(?:/[\w.-]+)?", name) and os.path.isfile(main):
-        yield main.parents[1] / "snapshots" / main.read_text(encoding="utf-8").strip()
-
-
 def open_base(workspace: Workspace, base: BaseModel) -> Location:
     """The folder that a base model is read from.
 
@@ -227,7 +235,7 @@ def open_base(workspace: Workspace, base: BaseModel) -> Location:
     """
     if not base.in_store:
         return open_location(base.url)
-    return StoredFolder(workspace.store, stored_entries(base), base.url.partition(":")[2])
+    return workspace.stored_folder(stored_entries(base), base.url.partition(":")[2])
 
 
 def stored_entries(base: BaseModel) -> tuple[FileEntry, ...]:
@@ -256,7 +264,7 @@ def current_base(
         files = head.files(location)
         if files == base.files:
             return base, ()
-        fingerprint = _fingerprint(workspace.cache, location, head, progress)
+        fingerprint = fingerprint_of(workspace.cache, location, head, progress)
     if fingerprint != base.fingerprint:
         return base, tuple(sorted({file.path for file in {*files} ^ {*base.files}}))
     moved = replace(base, files=files, tensors=head.tensors, config=head.config)
@@ -274,7 +282,7 @@ def verify_base(workspace: Workspace, base: BaseModel, progress: Progress = sile
     """
     nowhere = DigestCache(Path(os.devnull))
     with closing(open_base(workspace, base)) as location:
-        found = _fingerprint(nowhere, location, read_base(location), progress, "verifying the base model")
+        found = fingerprint_of(nowhere, location, read_base(location), progress, "verifying the base model")
     before, after = base.fingerprint.tensors, found.tensors
     return Verification(
         base=base,
@@ -283,3 +291,14 @@ def verify_base(workspace: Workspace, base: BaseModel, progress: Progress = sile
         missing=tuple(sorted(before.keys() - after.keys())),
         unexpected=tuple(sorted(after.keys() - before.keys())),
     )
+
+
+def check_reachable(settings: Settings, base: BaseModel) -> None:
+    """See that every worker of a team can read a base model.
+
+    Raises:
+        Unreachable: it lies on the disk of one machine.
+    """
+    is_here = local_folder(base.url) is not None or base.url.partition("://")[0].lower() in _OF_ONE_MACHINE
+    if settings.is_shared and not base.in_store and is_here:
+        raise Unreachable(base.name, base.url)

@@ -15,11 +15,25 @@ from functools import cache
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from registry.errors import InvalidInput
+from registry.manifest import to_json
 from registry.refs import AdapterName, Digest
 
 T = TypeVar("T")
 _Read = Callable[[Any], Any]
 _ODD_NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def plain(value: object) -> Any:
+    """A domain value as JSON that any reader takes: `to_json`, with the numbers that JSON does not have as text."""
+    return _without_odd_numbers(to_json(value))
+
+
+def _without_odd_numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_odd_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_odd_numbers(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def from_json(kind: type[T], document: Any) -> T:
@@ -43,6 +57,8 @@ def _reader(kind: Any) -> _Read:
     origin = get_origin(kind)
     if is_dataclass(kind) and kind not in (Digest, AdapterName):
         return _dataclass_reader(cast("type[Any]", kind))
+    if is_dataclass(origin):
+        return _dataclass_reader(cast("type[Any]", origin), get_args(kind))
     if origin in (Union, types.UnionType):
         return _union_reader(get_args(kind))
     if origin is Literal:
@@ -78,8 +94,12 @@ def _plain_reader(kind: Any) -> _Read:
     raise TypeError(f"no way to read a {kind}")
 
 
-def _dataclass_reader(kind: type[Any]) -> _Read:
-    hints = get_type_hints(kind)
+def _dataclass_reader(kind: type[Any], of: tuple[Any, ...] = ()) -> _Read:
+    """Of a generic one, `of` are the types that it is of."""
+    hints = {
+        name: hint[of] if of and getattr(hint, "__parameters__", ()) else hint
+        for name, hint in get_type_hints(kind).items()
+    }
     # Readers are made when first used: a class may refer to itself.
     wanted = [
         (each.name, hints[each.name], each.default is MISSING and each.default_factory is MISSING)
@@ -103,7 +123,7 @@ def _dataclass_reader(kind: type[Any]) -> _Read:
 
 
 def _union_reader(kinds: Sequence[Any]) -> _Read:
-    """The first kind that takes the document; more particular ones go first."""
+    """The first kind that takes the document; more particular ones go first. Where text is one, `inf` is text."""
     readers = [_reader(kind) for kind in kinds]
 
     def read(found: Any) -> Any:

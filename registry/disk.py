@@ -103,22 +103,40 @@ def appearing(target: Path) -> Iterator[Path]:
         StorageFailed: the disk does not take it.
     """
     target = Path(os.path.abspath(target))
-    with Translating(str(target)):
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise Conflict(str(target), "something is there already")
+    check_free(target)
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         with Translating(str(target)):
             partial.mkdir(parents=True)
         yield partial
-        with Translating(str(target)):
-            for folder in [path for path in partial.rglob("*") if path.is_dir()] + [partial]:
-                sync_folder(folder)
-            partial.replace(target)
-            sync_folder(target.parent)
+        publish(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def check_free(target: Path) -> None:
+    """See that a folder can appear there.
+
+    Raises:
+        Conflict: something is there already.
+    """
+    with Translating(str(target)):
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise Conflict(str(target), "something is there already")
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Let a folder that is complete appear under its name, durably.
+
+    Raises:
+        StorageFailed: the disk does not take it.
+    """
+    with Translating(str(target)):
+        for folder in [path for path in partial.rglob("*") if path.is_dir()] + [partial]:
+            sync_folder(folder)
+        partial.replace(target)
+        sync_folder(target.parent)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ and the exit code or HTTP status are decided at the edge (see `cli/errors.py`).
     │   ├── InvalidFilter       a --where expression that does not parse
     │   ├── InvalidRecipe       a merge option that makes no sense
     │   ├── InvalidSetting      an environment variable or settings file
+    │   ├── TooLarge            more bytes than are taken at once
     │   └── DirectionUnknown    is lower or higher better for this metric?
     ├── MissingPackage          something optional is not installed
     ├── NotFound                nothing has this name
@@ -22,6 +23,7 @@ and the exit code or HTTP status are decided at the edge (see `cli/errors.py`).
     │   ├── InUse               aliased, shipped or an input of a merge
     │   ├── MergeRunning        another process is at it
     │   ├── KeyReused           an idempotency key that stands for another request
+    │   ├── Outdated            not what whoever asked has seen
     │   ├── Unreachable         a base model where not every worker can read it
     │   └── DatabaseVersion     the database is older or newer than this package
     ├── UnreadableFile          the bytes are not what they should be
@@ -32,6 +34,7 @@ and the exit code or HTTP status are decided at the edge (see `cli/errors.py`).
     ├── Changed                 bytes differ from what was recorded
     │   ├── BaseChanged
     │   └── DamagedBlob
+    │       └── BlobSwept   between storing and recording it; again is fine
     ├── NotConvertible          something has no place in the other layout, or did not come back the same
     ├── NothingMerged           the result would be the base itself
     ├── NotFinite               a result overflows, or the base has such a value
@@ -117,6 +120,12 @@ class InvalidSetting(InvalidInput):
     """A setting that cannot be used."""
 
     code = "invalid_setting"
+
+
+class TooLarge(InvalidInput):
+    """More bytes than are taken at once."""
+
+    code = "too_large"
 
 
 class DirectionUnknown(InvalidInput):
@@ -261,6 +270,12 @@ class KeyReused(Conflict):
     code = "key_reused"
 
 
+class Outdated(Conflict):
+    """What was to be changed is not what whoever asked has seen. `subject` is what, `reason` how so."""
+
+    code = "outdated"
+
+
 class Unreachable(Conflict):
     """A base model that lies where other machines cannot read it. `subject` is its name, `reason` the place."""
 
@@ -341,6 +356,16 @@ class DamagedBlob(Changed):
     """An object in the store does not hash to its name."""
 
     code = "damaged_blob"
+
+
+class BlobSwept(DamagedBlob):
+    """Blobs that a sweep took between storing and recording them; `digests` are the hex digits of what was to be recorded."""
+
+    code = "blob_swept"
+
+    def __init__(self, subject: str, expected: str, found: str, digests: Sequence[str] = ()) -> None:
+        super().__init__(subject, expected, found)
+        self.fields["digests"] = self.digests = tuple(digests)
 
 
 class NothingMerged(RegistryError):

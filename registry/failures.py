@@ -33,6 +33,11 @@ def from_document(document: Mapping[str, Any], source: str = "") -> RegistryErro
     return error
 
 
+def is_known(code: object) -> bool:
+    """Whether there is an error of this code here."""
+    return code in _KINDS
+
+
 def _field(name: str, found: Any) -> Any:
     if name == "report":
         return from_json(Report, found)

@@ -4,7 +4,7 @@
     all        = part { "and" part }
     part       = "not" part | "(" filter ")" | comparison
     comparison = name ( "=" | "==" | "!=" | "<" | "<=" | ">" | ">=" ) value
-               | name "like" text                   % stands for any characters, _ for one; upper and lower case are the same
+               | name "like" text                   % stands for any characters, _ for one; a-z are the same as A-Z
                | name "in" "(" value { "," value } ")"
                | name "is" [ "not" ] "null"
     name       = "metric." key | "tag." key         also "metrics." and "tags."
@@ -40,6 +40,7 @@ from registry.manifest import Checkpoint
 
 MAX_CHARACTERS = 10_000
 MAX_NESTING = 50
+MAX_PATTERN = 1000
 
 Kind = Literal["number", "text", "time", "tag"]
 Value = float | str | datetime
@@ -94,14 +95,19 @@ _NAMES = f"metric.NAME, tag.KEY, {', '.join(_ATTRIBUTES)}"
 def _like_pattern(text: str) -> re.Pattern[str]:
     first, *others = (re.escape(part).replace("_", ".") for part in text.split("%"))
     if not others:
-        return re.compile(first, re.IGNORECASE | re.DOTALL)
+        return re.compile(first, re.IGNORECASE | re.DOTALL | re.ASCII)
     # Atomic: the leftmost place of each part is always good enough, so that no pattern takes exponential time.
     middle = "".join(f"(?>.*?{part})" for part in others[:-1])
-    return re.compile(f"{first}{middle}.*{others[-1]}", re.IGNORECASE | re.DOTALL)
+    return re.compile(f"{first}{middle}.*{others[-1]}", re.IGNORECASE | re.DOTALL | re.ASCII)
 
 
 def _is_like(found: str, pattern: str) -> bool:
     return _like_pattern(pattern).fullmatch(found) is not None
+
+
+def as_number(text: str) -> float | None:
+    """The number that a tag's text is written as, if it is one."""
+    return float(text) if re.fullmatch(_NUMBER, text) else None
 
 
 _TESTS: Mapping[str, Callable[[Any, Any], bool]] = {
@@ -166,7 +172,8 @@ class Comparison:
 
     def _holds(self, found: Value, value: Value) -> bool:
         if isinstance(found, str) and isinstance(value, float):
-            return re.fullmatch(_NUMBER, found) is not None and _TESTS[self.operator](float(found), value)
+            number = as_number(found)
+            return number is not None and _TESTS[self.operator](number, value)
         return _TESTS[self.operator](found, value)
 
     def __str__(self) -> str:
@@ -388,6 +395,8 @@ class _Parser:
         if token.kind not in _LITERALS[kind]:
             raise self._expected(f"{_DESCRIPTIONS[kind]} for {field}")
         value = self._time(token) if kind == "time" else self._literal(token)
+        if sign == "like" and len(token.text) > MAX_PATTERN:
+            raise self._invalid(f"expected at most {MAX_PATTERN} characters after like", token)
         self._advance()
         return value
 

@@ -11,21 +11,65 @@ import re
 import stat
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Protocol, Self, cast, final
+from typing import IO, Any, Protocol, Self, cast, final, runtime_checkable
 from urllib.parse import unquote
 
 from registry.disk import Translating
 from registry.errors import CorruptFile, InvalidInput, PathNotFound, StorageFailed
 
 MAX_FILES = 20_000
+_BLOCK_BYTES = 4 << 20  # what is fetched at once of a stream; far less than the 50 MiB that s3fs takes to read a header
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(?:://|::)")
 # Names that some system cannot hold, or reads as a path of its own, and bytes that are not UTF-8.
 _ODD = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
 _HALF = re.compile(r"[\ud800-\udfff]")
+# Tries besides s3fs's own; how long an answer may take, which is long where the server copies first; connections at once.
+_S3_OPTIONS = {
+    "config_kwargs": {
+        "retries": {"mode": "standard", "total_max_attempts": 5},
+        "connect_timeout": 5,
+        "read_timeout": 120,
+        "max_pool_connections": 32,
+    }
+}
 # A link to nothing or to itself, or deleted since it was listed.
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """An object of an S3 store, as it is at one time: `etag` changes with its bytes."""
+
+    bucket: str
+    key: str
+    etag: str
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where an S3 store has bytes that are also at hand."""
+
+    source: StoredObject
+    offset_bytes: int
+
+    def after(self, count: int) -> Origin:
+        """Where the bytes after so many are."""
+        return Origin(self.source, self.offset_bytes + count)
+
+
+@runtime_checkable
+class OfObjects(Protocol):
+    """A location whose files may be objects of an S3 store, which can copy them without moving their bytes to us and back."""
+
+    def stored_object(self, path: str) -> StoredObject | None:
+        """The object that has a file's bytes; None where there is none.
+
+        Raises:
+            PathNotFound: no such file.
+        """
 
 
 class Location(Protocol):
@@ -185,6 +229,7 @@ class RemoteLocation:
         self._url = url.rstrip("/")
         self._system, self._root = open_filesystem(self._url)
         with _reading(url):
+            self._system.invalidate_cache()  # what was there when this process last looked does not count
             if not self._system.isdir(self._root):
                 raise PathNotFound(url)
 
@@ -195,7 +240,7 @@ class RemoteLocation:
     def files(self) -> Mapping[str, int]:
         start = len(self._root.rstrip("/")) + 1
         with _reading(self._url):
-            self._system.invalidate_cache()  # what was there when this process last looked does not count
+            self._system.invalidate_cache()
             found = self._system.find(self._root, detail=True)
         return _listing(self._url, ((name[start:], int(info["size"])) for name, info in found.items()))
 
@@ -208,7 +253,7 @@ class RemoteLocation:
 
     def open(self, path: str) -> IO[bytes]:
         with _reading(f"{self._url}/{path}"):
-            return cast("IO[bytes]", self._system.open(f"{self._root}/{path}", "rb"))
+            return cast("IO[bytes]", self._system.open(f"{self._root}/{path}", "rb", block_size=_BLOCK_BYTES))
 
     def read_into(self, path: str, offset_bytes: int, buffer: memoryview) -> None:
         end = offset_bytes + len(buffer)
@@ -221,6 +266,10 @@ class RemoteLocation:
     def local_path(self, path: str) -> Path | None:
         del path
         return None
+
+    def stored_object(self, path: str) -> StoredObject | None:
+        with _reading(f"{self._url}/{path}"):
+            return find_object(self._system, f"{self._root}/{path}")
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -235,10 +284,33 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     import fsspec  # noqa: PLC0415 - listing and showing never touch a store, and start faster without it
 
     try:
-        system, root = fsspec.core.url_to_fs(url)
+        system, root = fsspec.core.url_to_fs(url, **(_S3_OPTIONS if is_s3(url) else {}))
     except (ImportError, ValueError, OSError) as error:
         raise StorageFailed(url, str(error)) from error
     return system, str(root)
+
+
+def is_s3(url: str) -> bool:
+    """Whether a URL is that of an S3 store."""
+    return url.partition("://")[0].lower() in ("s3", "s3a")
+
+
+def find_object(system: Any, path: str) -> StoredObject | None:
+    """An object of a file system; None where that is not an S3 store.
+
+    Raises:
+        FileNotFoundError: no such object.
+    """
+    if not hasattr(system, "call_s3"):
+        return None
+    bucket, _, key = path.partition("/")
+    return StoredObject(bucket, key, system.call_s3("head_object", Bucket=bucket, Key=key)["ETag"])
+
+
+def status_of(error: OSError) -> int:
+    """The HTTP status behind what s3fs raised; 0 where there is none."""
+    response = getattr(error.__cause__, "response", None) or {}
+    return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 def _listing(url: str, files: Iterable[tuple[str, int]]) -> Mapping[str, int]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from registry.base_models import open_base
 from registry.errors import Changed, DamagedBlob, NotFound, PathNotFound, UnreadableFile
@@ -29,22 +31,21 @@ from registry.manifest import (
 )
 from registry.merge.journal import Journal
 from registry.merge.plan import PROVENANCE_FILE, Inputs, Plan, make_plan
-from registry.merge.sinks import Sink, digest_of_stream, open_sink
+from registry.merge.sinks import Sink, StoreSink, digest_of_stream, open_sink
 from registry.mixing import Together
+from registry.results import MergeResult as MergeResult
+from registry.results import Outline as Outline
+from registry.results import OutlinedFile
 from registry.store import StoredFolder
+from registry.storing import recording
 from registry.tensors import DType, SafetensorsHeader, read_safetensors_header
 from registry.workspace import Progress, Workspace, nothing_but, silent
 
+if TYPE_CHECKING:
+    from registry.merge.blocks import Sources
+    from registry.merge.engine import FileOutcome, Outcome
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MergeResult:
-    """A merged model; `created` is False when the recipe's result was there already. `records` tell what happened to each tensor."""
-
-    merged: Merged
-    location: str
-    created: bool
-    report: Report
-    records: tuple[TensorRecord, ...] = ()
+_HEADS_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +54,24 @@ class Planned:
 
     together: Together
     plan: Plan
+
+    @property
+    def outline(self) -> Outline:
+        """What there is to see of it."""
+        plan = self.plan
+        return Outline(
+            report=self.report,
+            recipe=plan.recipe,
+            base=plan.base.name,
+            files=tuple(OutlinedFile(path=f.path, origin="weights", size_bytes=f.size_bytes) for f in plan.files),
+            sidecars=tuple(OutlinedFile(path=sidecar.path, origin=sidecar.origin) for sidecar in plan.sidecars),
+            computed=tuple(change.target.name for change in plan.computed),
+            tensors=len(plan.base.tensors),
+            bytes_copied=plan.bytes_copied,
+            bytes_computed=plan.bytes_computed,
+            memory_bytes=plan.peak_bytes(0),
+            thread_bytes=plan.peak_bytes(1) - plan.peak_bytes(0),
+        )
 
     @property
     def examined(self) -> tuple[Examined, ...]:
@@ -94,14 +113,17 @@ def _tokenizer_config(folder: Location) -> dict[str, Any]:
 def _heads(location: Location, base: BaseModel) -> dict[str, tuple[bytes, SafetensorsHeader]]:
     if base.format is not BaseFormat.SAFETENSORS:
         return {}
-    sizes, heads = location.files(), {}
-    for path in dict.fromkeys(tensor.file for tensor in base.tensors):
-        with location.open(path) as stream:
-            header = read_safetensors_header(stream, path, sizes[path])
-            end = header.tensors[0].offset_bytes if header.tensors else sizes[path]
-            stream.seek(0)
-            heads[path] = stream.read(end), header
-    return heads
+    sizes, paths = location.files(), list(dict.fromkeys(tensor.file for tensor in base.tensors))
+    with ThreadPoolExecutor(_HEADS_AT_ONCE) as threads:  # each waits for the network once or twice
+        return dict(zip(paths, threads.map(lambda path: _head(location, path, sizes[path]), paths), strict=True))
+
+
+def _head(location: Location, path: str, size_bytes: int) -> tuple[bytes, SafetensorsHeader]:
+    with location.open(path) as stream:
+        header = read_safetensors_header(stream, path, size_bytes)
+        end = header.tensors[0].offset_bytes if header.tensors else size_bytes
+        stream.seek(0)
+        return stream.read(end), header
 
 
 def merge(
@@ -118,6 +140,10 @@ def merge(
         Changed: the recipe's earlier result had other bytes; nothing is published.
         BaseChanged, NothingMerged, NotFinite, StorageFailed, Conflict, MergeRunning: as `registry.merge.engine.execute`.
     """
+    return recording(workspace, partial(_merge, workspace, planned, out, note, progress))
+
+
+def _merge(workspace: Workspace, planned: Planned, out: str | None, note: str, progress: Progress) -> MergeResult:
     plan = planned.plan
     with workspace.reading() as catalog:
         known = catalog.merged.find(plan.recipe.digest)
@@ -144,23 +170,93 @@ def _execute(
     known: Merged | None,
     progress: Progress,
 ) -> tuple[tuple[FileEntry, ...], tuple[TensorRecord, ...]]:
-    from registry.merge.blocks import Sources  # noqa: PLC0415 - so do numpy's
-    from registry.merge.engine import execute  # noqa: PLC0415
+    from registry.merge.engine import execute  # noqa: PLC0415 - so do numpy's
 
     plan = planned.plan
-    with (
-        closing(open_base(workspace, plan.base)) as base,
-        closing(planned.together.folder(workspace)) as adapter,
-    ):
+    with _sources(workspace, planned) as sources:
         outcome = execute(
             plan,
-            Sources(base=base, adapter=adapter),
+            sources,
             sink,
             journal,
             provenance=lambda files, records: _last_file(workspace, planned, files, records, known=known),
             advance=lambda done: progress("merging", done, plan.size_bytes),
         )
     return outcome.files, outcome.records
+
+
+def merge_file(
+    workspace: Workspace,
+    planned: Planned,
+    path: str,
+    *,
+    advance: Callable[[int], None] = lambda done_bytes: None,
+    threads: int | None = None,
+) -> FileOutcome:
+    """Write one weights file of a merge into the store. Nobody refers to it yet.
+
+    Raises:
+        BaseChanged, NotFinite, StorageFailed: as `registry.merge.engine.execute_file`; so is whatever `advance` raises.
+    """
+    from registry.merge.engine import execute_file  # noqa: PLC0415 - so do numpy's
+
+    with _sources(workspace, planned) as sources:
+        return execute_file(planned.plan, path, sources, StoreSink(workspace.store), advance=advance, threads=threads)
+
+
+def put_together(
+    workspace: Workspace,
+    planned: Planned,
+    written: Sequence[tuple[FileEntry, Sequence[TensorRecord]]],
+    largest_delta: float,
+) -> Outcome:
+    """Write what a merge has besides its weights, which lie in the store already, into the store too. Nobody refers to any of it yet.
+
+    Args:
+        written: every weights file in the plan's order, with the records of its tensors.
+        largest_delta: the largest change of one element in all of them.
+
+    Raises:
+        NothingMerged: no element differs from the base's.
+        Changed: the recipe's earlier result had other bytes.
+        StorageFailed: the store does not take the bytes.
+    """
+    from registry.merge.engine import check_merged, finish  # noqa: PLC0415 - so do numpy's
+
+    records = [record for _, of_file in written for record in of_file]
+    check_merged(planned.plan, records, largest_delta)
+    with workspace.reading() as catalog:
+        known = catalog.merged.find(planned.plan.recipe.digest)
+    with _sources(workspace, planned) as sources:
+        return finish(
+            planned.plan,
+            sources,
+            StoreSink(workspace.store),
+            [entry for entry, _ in written],
+            records,
+            provenance=lambda files, records: _last_file(workspace, planned, files, records, known=known),
+        )
+
+
+def record_merge(workspace: Workspace, planned: Planned, outcome: Outcome, note: str) -> MergeResult:
+    """Record a model that lies in the store. Within a transaction, it is kept or lost with that.
+
+    Raises:
+        BlobSwept: a sweep took a file since it was written.
+    """
+    merged = _record(workspace, planned, outcome.files, "", note)
+    return MergeResult(merged=merged, location="", created=True, report=planned.report, records=outcome.records)
+
+
+@contextmanager
+def _sources(workspace: Workspace, planned: Planned) -> Iterator[Sources]:
+    from registry.merge.blocks import Sources  # noqa: PLC0415 - so do numpy's
+
+    with (
+        closing(open_base(workspace, planned.plan.base)) as base,
+        closing(planned.together.folder(workspace)) as adapter,
+    ):
+        yield Sources(base=base, adapter=adapter)
 
 
 def _place(out: str | None) -> str:

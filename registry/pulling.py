@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-from blake3 import blake3
-
-from registry.disk import Translating, appearing, sync
-from registry.errors import Changed
+from registry.arriving import arrive
 from registry.locations import Location
 from registry.manifest import Checkpoint, FileEntry, Merged
 from registry.merging import merged_folder
@@ -32,21 +32,11 @@ def pull(workspace: Workspace, subject: Checkpoint | Merged, target: Path, progr
         folder, files = merged_folder(workspace, subject), subject.files
     else:
         folder, files = workspace.folder_of(subject), subject.manifest.files
-    total = sum(entry.size_bytes for entry in files)
-    with appearing(target) as partial:
-        for entry in files:
-            _copy(folder, entry, partial / entry.path, lambda done: progress("pulling", done, total))
+    arrive(target, files, partial(_opened, folder), progress)
 
 
-def _copy(folder: Location, entry: FileEntry, target: Path, advance: Callable[[int], None]) -> None:
-    hasher = blake3()
-    with Translating(str(target)), folder.open(entry.path) as source:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("wb") as file:
-            while block := source.read(_BLOCK_BYTES):
-                hasher.update(block)
-                file.write(block)
-                advance(len(block))
-            sync(file)
-    if hasher.hexdigest() != entry.digest.hex:
-        raise Changed(f"{folder.url}/{entry.path}", str(entry.digest), f"blake3:{hasher.hexdigest()}")
+@contextmanager
+def _opened(folder: Location, entry: FileEntry, offset_bytes: int) -> Iterator[Iterator[bytes]]:
+    with folder.open(entry.path) as stream:
+        stream.seek(offset_bytes, os.SEEK_SET)
+        yield iter(lambda: stream.read(_BLOCK_BYTES), b"")

@@ -2,63 +2,33 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
-from registry.base_models import AddedBase, add_base, base_of_adapter, find_base
-from registry.compatibility import Facts, check
-from registry.errors import Changed, Conflict, InvalidInput, NotACheckpoint, Refused, UnreadableFile
-from registry.formats import Found, Search, find_checkpoints, read_adapter, resolve
+from registry.base_models import add_base, base_of_adapter, find_base
+from registry.errors import Changed, Conflict, NotACheckpoint, Refused, UnknownCheckpoint, UnreadableFile
+from registry.formats import Found, read_adapter
 from registry.formats.adapter import TOKENIZER_FILES, Adapter
-from registry.formats.base_model import places_with_models
-from registry.locations import local_folder, open_location
-from registry.manifest import BaseModel, Checkpoint, FileEntry, Manifest, Metric, Note, Origin, Report
-from registry.refs import AdapterName, check_name, nearest_name
+from registry.intake import Intake as Intake
+from registry.intake import Received as Received
+from registry.intake import Registered as Registered
+from registry.intake import Registration as Registration
+from registry.intake import check_model_words, check_words, model_places, report_on, search, size_of
+from registry.manifest import (
+    BaseModel,
+    Checkpoint,
+    FileEntry,
+    Manifest,
+    Metric,
+    Note,
+    Report,
+    content_digest,
+)
+from registry.refs import AdapterName, Digest, nearest_name
 from registry.store import StoredFolder
+from registry.storing import recording
 from registry.workspace import Change, Progress, Workspace, nothing_but, silent
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Registration:
-    """What the caller says about checkpoints; what is left empty, the files have to know.
-
-    `metrics`, `note` and `tags` are recorded beside what the files know. `step` is refused for a run with several checkpoints. Of files that
-    the registry itself made, `origin` tells what of, and `source` is recorded instead of where they lay meanwhile.
-    """
-
-    adapter: str = ""
-    base: str = ""
-    run: str = ""
-    step: int | None = None
-    metrics: tuple[Metric, ...] = ()
-    note: str = ""
-    tags: Mapping[str, str] = field(default_factory=dict)
-    arch_version: str = ""
-    source: str = ""
-    origin: Origin | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Registered:
-    """A registered checkpoint; `created` is False when this content was registered before. `left_out`: files that were not taken, and why."""
-
-    checkpoint: Checkpoint
-    created: bool
-    report: Report
-    left_out: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Intake:
-    """The result of registering a place. `unreadable` are checkpoints of a run that are damaged; the others are registered all the same.
-
-    `models` are whole models (full fine-tunes) that were there instead of adapters.
-    """
-
-    registered: tuple[Registered, ...]
-    unreadable: tuple[UnreadableFile, ...]
-    models: tuple[AddedBase, ...] = ()
 
 
 def register(workspace: Workspace, path: str, said: Registration, *, progress: Progress = silent) -> Intake:
@@ -77,44 +47,90 @@ def register(workspace: Workspace, path: str, said: Registration, *, progress: P
         Conflict: this content is registered already, on another base.
     """
     try:
-        search = _search(path)
+        place = search(path)
     except NotACheckpoint as refusal:
         return _register_models(workspace, path, said, refusal, progress)
-    _check_words(said, len(search.found))
+    check_words(said, len(place.found))
     bases: dict[str, BaseModel] = {}
-    checked = [(found, *_match(workspace, found, said, bases, progress)) for found in search.found]
+    checked = [(found, *_match(workspace, found, said, bases, progress)) for found in place.found]
     for _, _, report in checked:
         if report.misfits:
             raise Refused(report)
-    total = sum(_size_bytes(found) for found in search.found)
+    total = sum(size_of(found) for found in place.found)
+    advance = partial(_storing, progress, total)
     registered = [
-        _register_one(workspace, found, base, report, said=said, advance=lambda done: progress("storing", done, total))
+        recording(workspace, partial(_register_one, workspace, _Checked(found, base, report, said), advance))
         for found, base, report in checked
     ]
-    return Intake(registered=tuple(registered), unreadable=search.unreadable)
+    return Intake(registered=tuple(registered), unreadable=place.unreadable)
 
 
-def _search(path: str) -> Search:
-    file = local_folder(path)
-    if file is None or not os.path.isfile(file):
-        return find_checkpoints(open_location(path))
-    found = find_checkpoints(open_location(str(file.parent))).found
-    own = tuple(each for each in found if each.location.local_path(each.adapter.weights_file) == file)
-    if not own:
-        raise NotACheckpoint(path, "not the weights of a readable checkpoint")
-    return Search(found=own)
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """A checkpoint that was found to go with its base model."""
+
+    found: Found
+    base: BaseModel
+    report: Report
+    said: Registration
+
+
+def register_received(workspace: Workspace, received: Sequence[Received]) -> list[Registered]:
+    """Register checkpoints whose files were sent before. All are read and checked here, then recorded in one transaction.
+
+    Raises:
+        NotACheckpoint, CorruptFile, UnsafePickle: the files are none.
+        UnknownBase: the base model is not recorded.
+        Refused: an adapter does not fit its base; carries every finding. None is recorded then.
+        BlobSwept, DamagedBlob: a file is not in the store (any more): it has to be sent again.
+        Conflict: this content is registered already, on another base.
+    """
+    bases: dict[str, BaseModel] = {}
+    checked = []
+    for each in received:
+        check_words(each.said, 1)
+        found = _found(workspace, each)
+        _look_up_base(workspace, each.said.base, bases)
+        base, report = _match(workspace, found, each.said, bases, silent)
+        if report.misfits:
+            raise Refused(report)
+        checked.append(_Checked(found, base, report, each.said))
+    return _record(workspace, checked, [each.files for each in received])
+
+
+def _found(workspace: Workspace, received: Received) -> Found:
+    location = workspace.stored_folder(received.files, content_digest(received.files).hex)
+    adapter = read_adapter(location)
+    return Found(
+        location=location,
+        adapter=adapter,
+        adapter_name=received.adapter,
+        run=received.run,
+        step=received.step,
+        metrics=received.metrics,
+        left_out=dict(received.left_out),
+    )
+
+
+def _look_up_base(workspace: Workspace, name: str, bases: dict[str, BaseModel]) -> None:
+    """Only what is recorded, once for all: places are the client's, and mean nothing here."""
+    if name not in bases:
+        with workspace.reading() as catalog:
+            bases[name] = catalog.bases.find(name)
+
+
+def _storing(progress: Progress, total_bytes: int, done_bytes: int) -> None:
+    progress("storing", done_bytes, total_bytes)
 
 
 def _register_models(
     workspace: Workspace, path: str, said: Registration, refusal: NotACheckpoint, progress: Progress
 ) -> Intake:
     """Record the whole models of a place. Their places name them, unless the caller names the only one."""
-    file = local_folder(path)
-    is_file = file is not None and os.path.isfile(file)
-    places = places_with_models(open_location(str(file.parent) if file and is_file else path))
-    if not places or (file and is_file and not file.name.endswith((".pth", ".safetensors"))):
+    places = model_places(path)
+    if not places:
         raise refusal
-    _check_model_words(said, len(places))
+    check_model_words(said, len(places))
     added, unreadable = [], []
     for place in places:
         try:
@@ -126,39 +142,6 @@ def _register_models(
     if not added:
         raise unreadable[0]
     return Intake(registered=(), unreadable=tuple(unreadable), models=tuple(added))
-
-
-def _check_model_words(said: Registration, count: int) -> None:
-    """A base model has a name and an architecture version; what else may be said, it has no place for."""
-    for name in ("base", "run", "step", "metrics", "note", "tags"):
-        value = getattr(said, name)
-        if value not in ("", None, (), {}):
-            raise InvalidInput(name, value, "this is a whole model, to be recorded as a base model, which has none")
-    if said.adapter and count > 1:
-        raise InvalidInput(
-            "adapter", said.adapter, f"there are {count} whole models in this run, each with its own name"
-        )
-
-
-def _size_bytes(found: Found) -> int:
-    sizes = found.location.files()
-    # A file that is gone by now is noticed when it is to be stored.
-    return sum(sizes.get(file, 0) for file in found.adapter.files)
-
-
-def _check_words(said: Registration, count: int) -> None:
-    if said.adapter:
-        AdapterName.parse(said.adapter)
-    if said.run:
-        check_name(said.run)
-    for key in said.tags:
-        check_name(key)
-    if count > 1 and said.step is not None:
-        raise InvalidInput("step", said.step, f"there are {count} checkpoints in this run, each with its own step")
-    if count > 1 and said.metrics:
-        raise InvalidInput(
-            "metric", said.metrics[0].name, f"there are {count} checkpoints in this run: register one at a time"
-        )
 
 
 def _match(
@@ -173,44 +156,51 @@ def _match(
                 workspace, found.adapter, found.location.url, arch_version=said.arch_version, progress=progress
             )
     base = bases[key]
-    report = check(found.location.url, found.adapter, base, resolve(found.adapter, base), trained=None, facts=Facts())
-    if said.arch_version and base.arch_version and said.arch_version != base.arch_version:
-        raise Conflict(base.name, f"recorded as architecture version {base.arch_version}, not {said.arch_version}")
-    return base, report
+    return base, report_on(found, base, said)
 
 
-def _register_one(
-    workspace: Workspace,
-    found: Found,
-    base: BaseModel,
-    report: Report,
-    *,
-    said: Registration,
-    advance: Callable[[int], None],
-) -> Registered:
-    entries = workspace.store_files(found.location, found.adapter.files, advance)
-    manifest = _manifest(found.adapter, entries)
-    _check_unchanged(workspace, found, entries)
+def _register_one(workspace: Workspace, checked: _Checked, advance: Callable[[int], None]) -> Registered:
+    entries = workspace.store_files(checked.found.location, checked.found.adapter.files, advance)
+    _check_unchanged(workspace, checked.found, entries)
+    return _record(workspace, [checked], [entries])[0]
+
+
+def _record(
+    workspace: Workspace, checked: Sequence[_Checked], files: Sequence[tuple[FileEntry, ...]]
+) -> list[Registered]:
+    """Record checkpoints in one transaction, each with its files: many take hardly more statements than one."""
     with workspace.writing() as change:
-        workspace.check_stored(entries)
-        checkpoint = _checkpoint(change, found, base, manifest, said)
-        known = change.catalog.checkpoints.find(checkpoint.adapter, manifest.digest)
-        if known is not None:
-            return Registered(
-                checkpoint=_say_again(change, known, checkpoint, said.metrics),
-                created=False,
-                report=report,
-                left_out=found.left_out,
+        workspace.check_stored(entry for entries in files for entry in entries)
+        wanted = [_checkpoint(change, each, entries) for each, entries in zip(checked, files, strict=True)]
+        added = _add(change, wanted)
+        registered = []
+        for each, checkpoint in zip(checked, wanted, strict=True):
+            new = added.pop(
+                (checkpoint.adapter, checkpoint.digest), None
+            )  # a second one of the same content is not new
+            registered.append(
+                Registered(
+                    checkpoint=new or _say_again(change, _known(change, checkpoint), checkpoint, each.said.metrics),
+                    created=new is not None,
+                    report=each.report,
+                    left_out=each.found.left_out,
+                )
             )
-        added = change.catalog.checkpoints.add(checkpoint)
-        change.record(
-            "register",
-            added.ref,
-            digest=added.digest.hex,
-            base=base.digest.hex,
-            **nothing_but({"source": added.source}),
-        )
-    return Registered(checkpoint=added, created=True, report=report, left_out=found.left_out)
+        return registered
+
+
+def _add(change: Change, wanted: Sequence[Checkpoint]) -> dict[tuple[AdapterName, Digest], Checkpoint]:
+    """Record those of some checkpoints that are new, each content once."""
+    known = change.catalog.checkpoints.known((each.adapter, each.digest) for each in wanted)
+    new: dict[tuple[AdapterName, Digest], Checkpoint] = {}
+    for each in wanted:
+        if (each.adapter, each.digest) not in known:
+            new.setdefault((each.adapter, each.digest), each)
+    added = change.catalog.checkpoints.add_many(list(new.values()))
+    for each in added:
+        source = nothing_but({"source": each.source})
+        change.record("register", each.ref, digest=each.digest.hex, base=each.base.hex, **source)
+    return dict(zip(new, added, strict=True))
 
 
 def _check_unchanged(workspace: Workspace, found: Found, entries: Sequence[FileEntry]) -> None:
@@ -238,7 +228,9 @@ def _manifest(adapter: Adapter, entries: tuple[FileEntry, ...]) -> Manifest:
     )
 
 
-def _checkpoint(change: Change, found: Found, base: BaseModel, manifest: Manifest, said: Registration) -> Checkpoint:
+def _checkpoint(change: Change, checked: _Checked, entries: tuple[FileEntry, ...]) -> Checkpoint:
+    found, base, said = checked.found, checked.base, checked.said
+    manifest = _manifest(found.adapter, entries)
     adapter = AdapterName.parse(said.adapter) if said.adapter else nearest_name(found.adapter_name, "adapter")
     own = {metric.name for metric in said.metrics}
     notes = (Note(text=said.note, author=change.author, created_at=change.at),) if said.note else ()
@@ -261,6 +253,14 @@ def _checkpoint(change: Change, found: Found, base: BaseModel, manifest: Manifes
         tags=said.tags,
         origin=said.origin,
     )
+
+
+def _known(change: Change, again: Checkpoint) -> Checkpoint:
+    """The checkpoint of the same adapter and content, which is there."""
+    known = change.catalog.checkpoints.find(again.adapter, again.digest)
+    if known is None:
+        raise UnknownCheckpoint(str(again.digest))
+    return known
 
 
 def _say_again(change: Change, known: Checkpoint, again: Checkpoint, measured: Sequence[Metric]) -> Checkpoint:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal, final
@@ -51,12 +51,13 @@ class Group:
 class Ranking:
     """The best checkpoints by a metric: groups in the order of their keys, at least one.
 
-    `without` counts the candidates that could not be ranked, because the metric is missing, NaN or infinite.
+    Of the `candidates`, `without` counts those that could not be ranked, because the metric is missing, NaN or infinite.
     """
 
     metric: str
     direction: Direction
     groups: tuple[Group, ...]
+    candidates: int
     without: int
 
 
@@ -77,6 +78,32 @@ def _words(name: str) -> list[str]:
     return re.findall(r"[^\W_]+", name.lower())
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """How many candidates have a metric of a name, split and declared direction, and how many of them a finite value of it."""
+
+    name: str
+    split: str
+    direction: Direction | None
+    checkpoints: int
+    finite: int
+
+
+def tallies(checkpoints: Iterable[Checkpoint]) -> list[Tally]:
+    """Count the metrics of candidates; of one name the last of each counts."""
+    present, finite = Counter[tuple[str, str, Direction | None]](), Counter[tuple[str, str, Direction | None]]()
+    for checkpoint in checkpoints:
+        for metric in _latest(checkpoint).values():
+            present[metric.name, metric.split, metric.direction] += 1
+            finite[metric.name, metric.split, metric.direction] += math.isfinite(metric.value)
+    return [Tally(*key, count, finite[key]) for key, count in present.items()]
+
+
+def _latest(checkpoint: Checkpoint) -> dict[str, Metric]:
+    return {metric.name: metric for metric in checkpoint.metrics}
+
+
 def shared_metric(checkpoints: Sequence[Checkpoint]) -> str:
     """The metric to rank by when nobody names one: all candidates have it, one at least a finite value, and its direction is known.
 
@@ -87,33 +114,39 @@ def shared_metric(checkpoints: Sequence[Checkpoint]) -> str:
     Raises:
         UnknownMetric: there is none. Its name is empty, `near` holds the metrics that exist, the most common first.
     """
-    latest = [_latest(checkpoint) for checkpoint in checkpoints]
-    counts = Counter(name for metrics in latest for name in metrics)
-    finite = {name for metrics in latest for name, metric in metrics.items() if math.isfinite(metric.value)}
-    shared = [name for name in finite if counts[name] == len(checkpoints) and _direction(name, latest)]
+    return _shared(tallies(checkpoints), len(checkpoints))
+
+
+def _shared(counted: Iterable[Tally], candidates: int) -> str:
+    named: dict[str, list[Tally]] = {}
+    for tally in counted:
+        named.setdefault(tally.name, []).append(tally)
+    counts = {name: sum(tally.checkpoints for tally in found) for name, found in named.items()}
+    shared = [
+        name
+        for name, found in named.items()
+        if counts[name] == candidates and any(tally.finite for tally in found) and known_direction(name, found)
+    ]
     if not shared:
         raise UnknownMetric("", sorted(counts, key=lambda name: (-counts[name], name)))
-    return min(shared, key=lambda name: _preference(name, latest))
+    return min(shared, key=lambda name: _preference(name, named[name]))
 
 
-def _latest(checkpoint: Checkpoint) -> dict[str, Metric]:
-    return {metric.name: metric for metric in checkpoint.metrics}
-
-
-def _direction(name: str, latest: Sequence[Mapping[str, Metric]]) -> Direction | None:
-    declared = {metrics[name].direction for metrics in latest if name in metrics} - {None}
+def known_direction(name: str, counted: Iterable[Tally]) -> Direction | None:
+    """Which way a metric is better: what was declared where it was recorded, else what its name says, else None."""
+    declared = {tally.direction for tally in counted if tally.name == name} - {None}
     return declared.pop() if len(declared) == 1 else direction_of(name)
 
 
 def declared_direction(name: str, checkpoints: Sequence[Checkpoint]) -> Direction | None:
-    """Which way a metric is better: what was declared where it was recorded, else what its name says, else None."""
-    return _direction(name, [_latest(checkpoint) for checkpoint in checkpoints])
+    """The same, of checkpoints."""
+    return known_direction(name, tallies(checkpoints))
 
 
-def _preference(name: str, latest: Sequence[Mapping[str, Metric]]) -> tuple[int, int, int, str]:
+def _preference(name: str, counted: Iterable[Tally]) -> tuple[int, int, int, str]:
     """Sorts the more telling metric first; of two losses of one split the one with the shorter name (`eval_loss`, `eval_aux_loss`)."""
     words = _words(name)
-    places = {*words, *(metrics[name].split for metrics in latest)}
+    places = {*words, *(tally.split for tally in counted)}
     split = next((rank for rank, held_out in enumerate(_HELD_OUT) if held_out in places), len(_HELD_OUT))
     is_loss, is_held_out = "loss" in words, split < len(_HELD_OUT)
     tiers = (is_loss and split == 0, is_loss and is_held_out, is_held_out, is_loss, True)
@@ -142,26 +175,46 @@ def best(
         InvalidInput: `top` is below 1.
         UnknownMetric: no candidate has a finite value of the metric, or none is shared by all.
     """
-    if top < 1:
-        raise InvalidInput("top", top, "expected at least 1")
-    name = shared_metric(checkpoints) if metric is None else metric
+    basis = choose(tallies(checkpoints), len(checkpoints), metric=metric, direction=direction, top=top)
+    name, way = basis.metric, basis.direction
     ranked = [(value, checkpoint) for checkpoint in checkpoints if (value := _finite(checkpoint, name)) is not None]
-    latest = [_latest(checkpoint) for checkpoint in checkpoints]
-    if not ranked:
-        existing = sorted({other for metrics in latest for other in metrics} - {name})
-        raise UnknownMetric(name, get_close_matches(name, existing))
-    way = direction or _direction(name, latest)
-    if way is None:
-        raise DirectionUnknown(name)
     groups: dict[str, list[Checkpoint]] = {}
     for _, checkpoint in sorted(ranked, key=lambda pair: _place(pair[0], pair[1], way)):
-        groups.setdefault(_group_key(checkpoint, per), []).append(checkpoint)
+        groups.setdefault(group_key(checkpoint, per), []).append(checkpoint)
     return Ranking(
         metric=name,
         direction=way,
         groups=tuple(Group(key=key, checkpoints=tuple(found[:top])) for key, found in sorted(groups.items())),
-        without=len(checkpoints) - len(ranked),
+        candidates=len(checkpoints),
+        without=basis.without,
     )
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """What is ranked by, which way, and how many candidates cannot be ranked."""
+
+    metric: str
+    direction: Direction
+    without: int
+
+
+def choose(
+    counted: Sequence[Tally], candidates: int, *, metric: str | None, direction: Direction | None, top: int
+) -> Basis:
+    """What to rank candidates by, from the counts of their metrics; see `best`."""
+    if top < 1:
+        raise InvalidInput("top", top, "expected at least 1")
+    name = _shared(counted, candidates) if metric is None else metric
+    ranked = sum(tally.finite for tally in counted if tally.name == name)
+    if not ranked:
+        existing = sorted({tally.name for tally in counted} - {name})
+        raise UnknownMetric(name, get_close_matches(name, existing))
+    way = direction or known_direction(name, counted)
+    if way is None:
+        raise DirectionUnknown(name)
+    return Basis(name, way, candidates - ranked)
 
 
 def _finite(checkpoint: Checkpoint, metric: str) -> float | None:
@@ -176,7 +229,8 @@ def _place(value: float, checkpoint: Checkpoint, direction: Direction) -> tuple[
     return signed, step, checkpoint.version, str(checkpoint.adapter), checkpoint.digest.hex
 
 
-def _group_key(checkpoint: Checkpoint, per: Grouping | None) -> str:
+def group_key(checkpoint: Checkpoint, per: Grouping | None) -> str:
+    """What a checkpoint is ranked within; see `best`."""
     match per:
         case None:
             return ""
@@ -214,13 +268,23 @@ def sort_checkpoints(checkpoints: Sequence[Checkpoint], key: str) -> list[Checkp
     return sorted(present, key=read, reverse=key.startswith("-")) + missing
 
 
-def _sort_value(key: str) -> Callable[[Checkpoint], Any]:
-    name = key.removeprefix("-")
+def sort_key(text: str) -> tuple[str, str]:
+    """The attribute that a sort key means, and empty text; or `metric` and its name.
+
+    Raises:
+        InvalidInput: it is none.
+    """
+    name = text.removeprefix("-")
     metric = name.removeprefix("metric.")
     if metric and metric != name:
-        return lambda checkpoint: _finite(checkpoint, metric)
+        return "metric", metric
     if name not in _SORT_KEYS:
         raise InvalidInput(
-            "sort", key, f"expected {', '.join(_SORT_KEYS)} or metric.NAME, with - in front for descending"
+            "sort", text, f"expected {', '.join(_SORT_KEYS)} or metric.NAME, with - in front for descending"
         )
-    return _SORT_KEYS[name]
+    return name, ""
+
+
+def _sort_value(key: str) -> Callable[[Checkpoint], Any]:
+    name, metric = sort_key(key)
+    return (lambda checkpoint: _finite(checkpoint, metric)) if metric else _SORT_KEYS[name]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from registry.formats.adapter import TOKENIZER_FILES, read_json, read_tensors, r
 from registry.formats.litgpt import HYPERPARAMETERS_FILE, MODEL_CONFIG_FILE
 from registry.formats.peft import CONFIG_FILE, WEIGHTS_FILES
 from registry.locations import Location, open_location
-from registry.manifest import Level, Origin, Report
+from registry.manifest import BaseModel, Level, Origin, Report
 from registry.rearranging import copy_files
 from registry.registering import Registered, Registration, register
 from registry.tensors import StoredTensor, TensorSpec
@@ -123,6 +123,18 @@ def separate(workspace: Workspace, wanted: Separate, progress: Progress = silent
         Conflict: something is there already.
     """
     wanted.check()
+    with appearing(wanted.out) if wanted.out else passing(workspace.settings.home / "making") as folder:
+        found = take_out(wanted, folder)
+        registered = _settle(workspace, wanted, folder, progress)
+    return replace(found, registered=registered)
+
+
+def take_out(wanted: Separate, folder: Path) -> Separation:
+    """Write the adapter's own files into a folder; nothing is recorded yet.
+
+    Raises:
+        NotConvertible, PathNotFound, CorruptFile, UnsafePickle: as `separate`.
+    """
     is_litgpt = wanted.config.suffix in (".yaml", ".yml")
     with closing(_folder_of(wanted.config)) as beside:
         config = (read_yaml if is_litgpt else read_json)(beside, wanted.config.name)
@@ -131,15 +143,11 @@ def separate(workspace: Workspace, wanted: Separate, progress: Progress = silent
             (_litgpt_tensors(stored), ()) if is_litgpt else _peft_tensors(stored, config, wanted.adapter_name)
         )
         _check_found(found, wanted)
-        with appearing(wanted.out) if wanted.out else passing(workspace.settings.home / "making") as folder:
-            if is_litgpt:
-                _write_litgpt(folder, found, beside, wanted.config.name)
-            else:
-                _write_peft(folder, found, beside, wanted.config.name)
-            registered = _settle(workspace, wanted, folder, progress)
-    return Separation(
-        place=str(wanted.out or ""), tensors=len(found), left=len(stored) - len(found), others=others, registered=registered
-    )  # fmt: skip
+        if is_litgpt:
+            _write_litgpt(folder, found, beside, wanted.config.name)
+        else:
+            _write_peft(folder, found, beside, wanted.config.name)
+    return Separation(place=str(wanted.out or ""), tensors=len(found), left=len(stored) - len(found), others=others)
 
 
 def _folder_of(file: Path) -> Location:
@@ -310,18 +318,34 @@ def _copy_sidecars(folder: Path, beside: Location, config: str) -> None:
 
 def _settle(workspace: Workspace, wanted: Separate, folder: Path, progress: Progress) -> Registered | None:
     """Check the adapter against its base model, or register it, which does so."""
-    source = f"extract from {', '.join(str(file) for file in wanted.files)}"
+    base = wanted.base or _base_name(workspace, folder, wanted, progress)
     if wanted.name:
-        origin = Origin(action="extract", detail={"files": [str(file) for file in wanted.files]})
-        base = wanted.base or _base_name(workspace, folder, wanted, progress)
-        said = Registration(adapter=wanted.name, base=base, run="extracted", source=source, origin=origin)
-        (registered,) = register(workspace, str(folder), said, progress=progress).registered
+        (registered,) = register(workspace, str(folder), registration(wanted, base), progress=progress).registered
         return registered
-    base_model = find_base(workspace, wanted.base or _base_name(workspace, folder, wanted, progress), progress=progress)
-    findings = resolve(read_adapter(open_location(str(folder))), base_model).findings
-    if any(finding.level is Level.REFUSED and not finding.fits for finding in findings):
-        raise Refused(Report(checkpoint=source, base=base_model.name, findings=findings))
+    check_fits(wanted, folder, find_base(workspace, base, progress=progress))
     return None
+
+
+def registration(wanted: Separate, base: str) -> Registration:
+    """What is recorded of an adapter that was taken out."""
+    files = [str(file) for file in wanted.files]
+    origin = Origin(action="extract", detail={"files": files})
+    return Registration(adapter=wanted.name, base=base, run="extracted", source=_source(wanted), origin=origin)
+
+
+def check_fits(wanted: Separate, folder: Path, base: BaseModel) -> None:
+    """See that an adapter that was taken out belongs to a base model.
+
+    Raises:
+        Refused: it does not.
+    """
+    findings = resolve(read_adapter(open_location(str(folder))), base).findings
+    if any(finding.level is Level.REFUSED and not finding.fits for finding in findings):
+        raise Refused(Report(checkpoint=_source(wanted), base=base.name, findings=findings))
+
+
+def _source(wanted: Separate) -> str:
+    return f"extract from {', '.join(str(file) for file in wanted.files)}"
 
 
 def _base_name(workspace: Workspace, folder: Path, wanted: Separate, progress: Progress) -> str:

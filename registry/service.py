@@ -5,36 +5,42 @@ What carries a use case out is imported when it is asked for: listing must not w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
+from registry.codec import from_json
+from registry.db.listing import Scope
 from registry.errors import (
     Ambiguous,
     InvalidInput,
     InvalidReference,
     NotFound,
     RegistryError,
+    Unauthenticated,
     UnknownBase,
     UnknownCheckpoint,
-    UnknownEnvironment,
 )
 from registry.manifest import (
     BaseModel,
     Checkpoint,
     Direction,
     Event,
+    FileEntry,
     Merged,
     Metric,
     Note,
     Report,
     Shipment,
+    utc_now,
 )
 from registry.refs import AdapterName, CheckpointRef, check_label, check_name
-from registry.selection import Grouping, Ranking, best
+from registry.results import Details as Details
+from registry.selection import Grouping, Ranking
 from registry.settings import Settings
+from registry.teamwork import NewToken, Principal, Role, Token
 from registry.tensors import DType
 from registry.workspace import Progress, Workspace, silent
 
@@ -42,8 +48,11 @@ if TYPE_CHECKING:
     from decimal import Decimal
 
     from registry.base_models import AddedBase, Verification
+    from registry.caring import StoreCheck
+    from registry.chain import AuditState
     from registry.combining import Combination, Making
     from registry.comparing import Difference
+    from registry.diagnosing import Diagnosis
     from registry.examining import Examined
     from registry.extracting import Extract, Extraction
     from registry.filters import Filter
@@ -53,21 +62,18 @@ if TYPE_CHECKING:
     from registry.registering import Intake, Registration
     from registry.separating import Separate, Separation
     from registry.sweeping import Swept
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Details:
-    """A checkpoint with what it comes from and what came of it. `report` is None when its files cannot be read; `problem` says why."""
-
-    checkpoint: Checkpoint
-    base: BaseModel
-    report: Report | None
-    problem: RegistryError | None
-    merged: tuple[Merged, ...]
-    shipments: tuple[Shipment, ...]
-    previous: str
-    following: str
-    children: tuple[str, ...]
+    from registry.teamwork import (
+        Delivery,
+        Job,
+        JobLine,
+        NewToken,
+        NewWebhook,
+        Page,
+        Role,
+        Signature,
+        Token,
+        Webhook,
+    )
 
 
 @final
@@ -81,6 +87,17 @@ class Registry:
     def settings(self) -> Settings:
         """Where everything is."""
         return self._workspace.settings
+
+    @property
+    def workspace(self) -> Workspace:
+        """The parts it works with; for whoever builds on it, as servers and workers do."""
+        return self._workspace
+
+    def signed_by(self, author: str) -> Registry:
+        """The same registry, for somebody else: what is recorded through it has that author. Closing it is left to the first."""
+        other = copy(self)
+        other._workspace = self._workspace.signed_by(author)
+        return other
 
     def upgrade_database(self) -> None:
         """Bring the database to this package's tables; see `registry.workspace.Workspace.upgrade_database`."""
@@ -112,22 +129,61 @@ class Registry:
         Raises:
             UnknownAdapter: no adapter of this name.
         """
-        name = AdapterName.parse(adapter) if adapter else None
         with self._workspace.reading() as catalog:
-            found = catalog.checkpoints.all(name)
-        return [checkpoint for checkpoint in found if where is None or where.matches(checkpoint)]
+            return catalog.checkpoints.passing(_scope(adapter, where))
 
-    def best(
+    def page(
         self,
-        checkpoints: Sequence[Checkpoint],
+        adapter: str = "",
+        where: Filter | None = None,
+        *,
+        sort: str = "",
+        cursor: str = "",
+        limit: int = 50,
+        namespaces: Sequence[str] = (),
+    ) -> Page[Checkpoint]:
+        """A part of the checkpoints that pass a filter, the newest first; see `registry.db.checkpoints.Checkpoints.page`.
+
+        Args:
+            adapter: of this one only.
+            where: which of them.
+            sort: another order, as `registry.selection.sort_checkpoints` takes it.
+            cursor: where to go on, as the page before said.
+            limit: the most to give, up to 1000.
+            namespaces: those that may be seen; none: all.
+
+        Raises:
+            UnknownAdapter: no adapter of this name, or it may not be seen.
+            InvalidInput: the order, the cursor or the limit is not acceptable.
+        """
+        with self._workspace.reading() as catalog:
+            return catalog.checkpoints.page(_scope(adapter, where, namespaces), sort=sort, cursor=cursor, limit=limit)
+
+    def rank(
+        self,
+        adapter: str = "",
+        where: Filter | None = None,
         *,
         metric: str | None = None,
         direction: Direction | None = None,
         per: Grouping | None = None,
         top: int = 1,
+        namespaces: Sequence[str] = (),
     ) -> Ranking:
-        """Rank checkpoints by a metric; see `registry.selection.best`."""
-        return best(checkpoints, metric=metric, direction=direction, per=per, top=top)
+        """The best checkpoints by a metric, of those that pass a filter; the same as `registry.selection.best` of them all.
+
+        Args:
+            adapter, where, namespaces: as `page`.
+            metric, direction, per, top: as `registry.selection.best`.
+
+        Raises:
+            UnknownAdapter: no adapter of this name, or it may not be seen.
+            UnknownMetric, DirectionUnknown, InvalidInput: as `registry.selection.best`.
+        """
+        with self._workspace.reading() as catalog:
+            return catalog.checkpoints.rank(
+                _scope(adapter, where, namespaces), metric=metric, direction=direction, per=per, top=top
+            )
 
     def resolve(self, text: str) -> Checkpoint:
         """The checkpoint that a reference means.
@@ -141,8 +197,8 @@ class Registry:
         with self._workspace.reading() as catalog:
             if ref.selector != "best":
                 return catalog.checkpoints.resolve(ref)
-            candidates = catalog.checkpoints.all(ref.adapter)
-        return best(candidates, metric=ref.value or None).groups[0].checkpoints[0]
+            ranking = catalog.checkpoints.rank(Scope(ref.adapter), metric=ref.value or None)
+        return ranking.groups[0].checkpoints[0]
 
     def subject(self, text: str) -> Checkpoint | Merged:
         """The checkpoint, or merged model (by a prefix of its digest), that a text means.
@@ -175,7 +231,7 @@ class Registry:
         with self._workspace.reading() as catalog:
             base = catalog.bases.find(checkpoint.base.hex)
             merged = catalog.merged.of(checkpoint)
-            shipments = [each for each in catalog.shipments.all() if each.checkpoint == checkpoint.ref]
+            shipments = catalog.shipments.of(checkpoint)
             previous, following = catalog.checkpoints.neighbours(checkpoint)
             children = catalog.checkpoints.children(checkpoint)
         report, problem = self._glance(checkpoint, base)
@@ -267,22 +323,53 @@ class Registry:
             change.catalog.checkpoints.remove(checkpoint)
             change.record("remove", checkpoint.ref, digest=checkpoint.digest.hex)
 
-    def history(self, subject: str = "", limit: int | None = None) -> list[Event]:
-        """What was changed, by whom, oldest first; of one adapter, checkpoint or base model, or of everything."""
-        with self._workspace.reading() as catalog:
-            events = catalog.events.all(subject)
-        whole = [
-            event
-            for event in events
-            if not subject or event.subject == subject or event.subject.startswith(f"{subject}@")
-        ]
-        return whole[-limit:] if limit else whole
+    # -- keep right
 
-    def sweep(self, *, older_than: timedelta, dry_run: bool = False) -> Swept:
-        """Remove from the store what nothing refers to any more; see `registry.sweeping.sweep`."""
+    def history(
+        self, subject: str = "", limit: int | None = None, *, author: str = "", since: datetime | None = None
+    ) -> list[Event]:
+        """What was changed, by whom, oldest first; of one adapter, checkpoint or base model, or of everything.
+
+        Args:
+            subject: of this one only.
+            limit: the last so many; None: all.
+            author: by this one only.
+            since: from then on; aware.
+        """
+        with self._workspace.reading() as catalog:
+            return catalog.events.all(subject, limit, author=author, since=since)
+
+    def verify_chain(self) -> AuditState:
+        """Walk the chain of events to its end.
+
+        Raises:
+            Changed: names the first event that is not as it was written.
+        """
+        with self._workspace.reading() as catalog:
+            return catalog.events.verify()
+
+    def export_audit(self) -> Iterator[Event]:
+        """Every event, oldest first, a few at a time; `registry.auditing` checks them and writes them down."""
+        with self._workspace.reading() as catalog:
+            yield from catalog.events.each()
+
+    def verify(self, *, read_data: bool = False, subset: str = "", progress: Progress = silent) -> StoreCheck:
+        """See that everything the registry needs is there; see `registry.caring.verify`. Changes nothing."""
+        from registry.caring import verify
+
+        return verify(self._workspace, read_data=read_data, subset=subset, progress=progress)
+
+    def diagnose(self) -> list[Diagnosis]:
+        """How this registry is, and what to do about it; see `registry.diagnosing.diagnose`."""
+        from registry.diagnosing import diagnose
+
+        return diagnose(self._workspace)
+
+    def sweep(self, *, grace: timedelta = timedelta(hours=24), dry_run: bool = False) -> Swept:
+        """Remove from the store what nothing has needed for a while; see `registry.sweeping.sweep`."""
         from registry.sweeping import sweep
 
-        return sweep(self._workspace, older_than=older_than, dry_run=dry_run)
+        return sweep(self._workspace, grace=grace, dry_run=dry_run)
 
     # -- base models
 
@@ -318,8 +405,11 @@ class Registry:
 
     # -- check and merge
 
-    def check(self, checkpoint: Checkpoint, base: str = "", progress: Progress = silent) -> Examined:
+    def check(self, checkpoint: Checkpoint, base: str = "", progress: Progress = silent) -> Report:
         """Compare a checkpoint with the base model it was trained on, or with another one (name, digest, path or URL)."""
+        return self._examine(checkpoint, base, progress=progress).report
+
+    def _examine(self, checkpoint: Checkpoint, base: str = "", *, progress: Progress = silent) -> Examined:
         from registry import base_models, examining
 
         wanted = base or checkpoint.base.hex
@@ -350,7 +440,7 @@ class Registry:
         from registry import merging, mixing
 
         mixing.check_bases(checkpoints)
-        examined = [self.check(each, progress=progress) for each in checkpoints]
+        examined = [self._examine(each, progress=progress) for each in checkpoints]
         joint = mixing.together(self._workspace, examined, mixture or mixing.Mixture(), allow_lossy=allow_lossy)
         return merging.plan_merge(self._workspace, joint, dtype)
 
@@ -366,7 +456,7 @@ class Registry:
         from registry import combining, mixing
 
         mixing.check_bases(checkpoints)
-        examined = [self.check(each, progress=progress) for each in checkpoints]
+        examined = [self._examine(each, progress=progress) for each in checkpoints]
         wanted = mixture or mixing.Mixture()
         return combining.combine(self._workspace, examined, wanted, rank=rank, making=making, progress=progress)
 
@@ -384,7 +474,7 @@ class Registry:
         from registry import combining, mixing
 
         mixing.check_bases(checkpoints)
-        examined = [self.check(each, progress=progress) for each in checkpoints]
+        examined = [self._examine(each, progress=progress) for each in checkpoints]
         return combining.candidates(
             self._workspace, examined, mixture, option, values, rank=rank, making=making, progress=progress
         )
@@ -397,10 +487,109 @@ class Registry:
     def merge(
         self, planned: Planned, *, out: str | None = None, note: str = "", progress: Progress = silent
     ) -> MergeResult:
-        """Carry out a plan; see `registry.merging.merge`."""
+        """Carry out a plan; see `registry.merging.merge`. What goes into the store of a team is done by its workers, and followed here.
+
+        Raises:
+            Cancelled: somebody has stopped the job.
+        """
         from registry import merging
 
+        if self.settings.is_shared and out is None:
+            job = self.follow_job(self.start_merge(planned, note).id, progress)
+            return from_json(merging.MergeResult, job.result)
         return merging.merge(self._workspace, planned, out=out, note=note, progress=progress)
+
+    # -- background work
+
+    def start(self, kind: str, arguments: Mapping[str, Any], subject: str = "") -> Job:
+        """Have something done in the background: by the server's process, or by the team's workers.
+
+        Args:
+            kind: the verb, one of `registry.ordering.ORDERS`.
+            arguments: its arguments as JSON, as the order of that kind has them.
+            subject: what it is about, for people; taken from the arguments when empty.
+
+        Raises:
+            InvalidInput: no such kind, or not its arguments.
+            NotFound, Ambiguous, InvalidReference: what they name is not there.
+            Refused, InvalidRecipe, Unreachable: as `plan` and `start_merge`, when a merge is to be done.
+        """
+        from registry import ordering
+
+        return ordering.prepared(self._workspace, self, kind, arguments, subject)()
+
+    def start_merge(self, planned: Planned, note: str = "") -> Job:
+        """Have a plan carried out in the background, into the store; see `registry.ordering.order_merge`."""
+        from registry import ordering
+
+        return ordering.order_merge(self._workspace, planned, note)
+
+    def jobs(self, state: str = "", limit: int = 50) -> list[Job]:
+        """The last jobs (in one state), the newest first.
+
+        Raises:
+            InvalidInput: no such state.
+        """
+        from registry.teamwork import JobState
+
+        if state and state not in set(JobState):
+            raise InvalidInput("state", state, f"one of {', '.join(JobState)}")
+        with self._workspace.reading() as catalog:
+            return catalog.jobs.all(state, limit)
+
+    def job(self, number: int) -> Job:
+        """A job by its number.
+
+        Raises:
+            UnknownJob: there is none.
+        """
+        with self._workspace.reading() as catalog:
+            return catalog.jobs.find(number)
+
+    def job_log(self, number: int) -> list[JobLine]:
+        """What a job went through, oldest first.
+
+        Raises:
+            UnknownJob: there is none.
+        """
+        with self._workspace.reading() as catalog:
+            return catalog.jobs.lines(number)
+
+    def cancel_job(self, number: int) -> Job:
+        """Stop a job; see `registry.db.jobs.Jobs.cancel`.
+
+        Raises:
+            UnknownJob: there is none.
+            Conflict: it is over.
+        """
+        with self._workspace.writing() as change:
+            job = change.catalog.jobs.cancel(number, change.author)
+            change.record("job.cancel", f"job {number}", kind=job.kind, about=job.subject)
+            return job
+
+    def retry_job(self, number: int) -> Job:
+        """Try a job again that failed or was cancelled; what is finished of it is kept.
+
+        Raises:
+            UnknownJob: there is none.
+            Conflict: it neither failed nor was cancelled.
+        """
+        with self._workspace.writing() as change:
+            job = change.catalog.jobs.retry(number, change.author)
+            change.record("job.retry", f"job {number}", kind=job.kind, about=job.subject)
+            return job
+
+    def follow_job(self, number: int, progress: Progress = silent) -> Job:
+        """Wait until a job is over, and give it.
+
+        Raises:
+            UnknownJob: there is none.
+            Cancelled: it was stopped.
+            RegistryError: what the job itself raised, where it failed.
+        """
+        from registry.following import follow
+
+        return follow(self.job, number, progress)
 
     def merged(self) -> list[Merged]:
         """Every merged model, oldest first."""
@@ -486,7 +675,8 @@ class Registry:
             UnknownEnvironment: nothing was ever shipped there.
         """
         with self._workspace.reading() as catalog:
-            _check_environment(catalog.shipments.environments(), environment)
+            if environment is not None:
+                catalog.shipments.require(environment)
             return catalog.shipments.live(environment, at)
 
     def shipments(self, environment: str | None = None) -> list[Shipment]:
@@ -496,7 +686,8 @@ class Registry:
             UnknownEnvironment: nothing was ever shipped there.
         """
         with self._workspace.reading() as catalog:
-            _check_environment(catalog.shipments.environments(), environment)
+            if environment is not None:
+                catalog.shipments.require(environment)
             return catalog.shipments.all(environment)
 
     def rollback(self, environment: str, adapter: str = "", note: str = "") -> tuple[Shipment, Shipment]:
@@ -509,7 +700,7 @@ class Registry:
         """
         with self._workspace.writing() as change:
             shipments = change.catalog.shipments
-            _check_environment(shipments.environments(), environment)
+            shipments.require(environment)
             live = sorted({each.checkpoint.partition("@")[0] for each in shipments.live(environment)})
             if not adapter and len(live) > 1:
                 raise Ambiguous(environment, live)
@@ -522,7 +713,158 @@ class Registry:
             change.record("rollback", checkpoint.ref, environment=environment, before=current.checkpoint)
             return current, restored
 
+    # -- let others in
 
-def _check_environment(known: Sequence[str], environment: str | None) -> None:
-    if environment is not None and environment not in known:
-        raise UnknownEnvironment(environment, tuple(known))
+    def create_token(
+        self, name: str, role: Role, namespaces: Sequence[str] = (), expires_in: timedelta | None = None
+    ) -> NewToken:
+        """Make a token for the server's callers. Its text is given here and nowhere else: only its SHA-256 is kept.
+
+        Args:
+            name: whose it is; signs what is recorded with it.
+            role: what it may do.
+            namespaces: those it is limited to; none: all.
+            expires_in: how long it is good; None: until it is revoked.
+
+        Raises:
+            NameTaken: there is, or was, one of this name.
+            InvalidReference, InvalidInput: the name or a namespace is not acceptable, or the time is none.
+        """
+        from registry.access import new_secret, secret_sha256
+
+        if check_name(name).isdecimal():
+            raise InvalidInput("name", name, "reads as a token's number")
+        if expires_in is not None and expires_in <= timedelta(0):
+            raise InvalidInput("expires", str(expires_in), "would be over at once")
+        secret = new_secret(role)
+        with self._workspace.writing() as change:
+            token = Token(
+                id=0,
+                name=name,
+                role=role,
+                namespaces=tuple(sorted({check_name(each) for each in namespaces})),
+                ending=secret[-4:],
+                created_at=change.at,
+                author=change.author,
+                expires_at=None if expires_in is None else change.at + expires_in,
+            )
+            token = change.catalog.tokens.add(token, secret_sha256(secret))
+            change.record("token.create", f"token {name}", role=role.value, namespaces=list(token.namespaces))
+        return NewToken(token=token, secret=secret)
+
+    def tokens(self) -> list[Token]:
+        """Every token, revoked ones too, the oldest first; never their texts."""
+        with self._workspace.reading() as catalog:
+            return catalog.tokens.all()
+
+    def revoke_token(self, name_or_id: str) -> Token:
+        """End a token, at once.
+
+        Raises:
+            UnknownToken: none has this name or number.
+        """
+        with self._workspace.writing() as change:
+            token = change.catalog.tokens.revoke(name_or_id, change.at)
+            change.record("token.revoke", f"token {token.name}")
+            return token
+
+    def authenticate(self, secret: str) -> Principal:
+        """Whose token this is. A mistyped one is told by its checksum, without the database.
+
+        Raises:
+            Unauthenticated: no such token, or it is revoked or has expired.
+        """
+        from registry.access import is_well_formed, secret_sha256
+
+        if not is_well_formed(secret):
+            raise Unauthenticated("this is not a token: a part is missing, or mistyped")
+        with self._workspace.reading() as catalog:
+            return catalog.tokens.principal(secret_sha256(secret), utc_now())
+
+    # -- tell others
+
+    def add_webhook(self, url: str, actions: Sequence[str]) -> NewWebhook:
+        """Tell an address of events from now on; see `registry.webhooks.add_webhook`."""
+        from registry.webhooks import add_webhook
+
+        return add_webhook(self._workspace, url, actions)
+
+    def webhooks(self) -> list[Webhook]:
+        """Every webhook, the oldest first."""
+        with self._workspace.reading() as catalog:
+            return catalog.webhooks.all()
+
+    def remove_webhook(self, number: int) -> Webhook:
+        """Forget a webhook; see `registry.webhooks.remove_webhook`."""
+        from registry.webhooks import remove_webhook
+
+        return remove_webhook(self._workspace, number)
+
+    def test_webhook(self, number: int) -> Delivery:
+        """Send a webhook a message now, to see whether it arrives; see `registry.webhooks.send_test`."""
+        from registry.webhooks import send_test
+
+        return send_test(self._workspace, number)
+
+    def deliveries(self, number: int, limit: int = 50) -> list[Delivery]:
+        """The last messages to a webhook, the newest first.
+
+        Raises:
+            UnknownWebhook: none has this number.
+        """
+        with self._workspace.reading() as catalog:
+            return catalog.webhooks.deliveries(number, limit)
+
+    # -- sign
+
+    def sign(self, subject: Checkpoint | Merged, key: Path, progress: Progress = silent) -> Signature:
+        """Sign the content of a checkpoint or merged model; see `registry.signing.sign`."""
+        from registry.signing import sign
+
+        return sign(self._workspace, subject, key, progress)
+
+    def sign_provenance(self, merged: Merged, key: Path, progress: Progress = silent) -> Signature:
+        """Sign the statement of what a merged model was made of; see `registry.signing.sign_provenance`."""
+        from registry.signing import sign_provenance
+
+        return sign_provenance(self._workspace, merged, key, progress)
+
+    def add_signature(
+        self,
+        subject: Checkpoint | Merged,
+        bundle: Mapping[str, Any],
+        *,
+        key: Path | bytes | None = None,
+        progress: Progress = silent,
+    ) -> Signature:
+        """Keep a signature that was made elsewhere; see `registry.signing.add_signature`."""
+        from registry.signing import add_signature
+
+        return add_signature(self._workspace, subject, bundle, key=key, progress=progress)
+
+    def verify_signature(self, subject: Checkpoint | Merged, key: Path, progress: Progress = silent) -> Signature:
+        """Read a checkpoint or merged model whole and compare it with its signature; see `registry.signing.verify_signature`."""
+        from registry.signing import verify_signature
+
+        return verify_signature(self._workspace, subject, key, progress)
+
+    def signatures(self, subject: Checkpoint | Merged) -> list[Signature]:
+        """Every signature of a checkpoint or merged model, the oldest first."""
+        with self._workspace.reading() as catalog:
+            return catalog.signatures.of(subject.digest)
+
+    def signable_files(self, subject: Checkpoint | Merged, progress: Progress = silent) -> tuple[FileEntry, ...]:
+        """The files of a checkpoint or merged model, each with its SHA-256; see `registry.signing.signable_files`."""
+        from registry.signing import signable_files
+
+        return signable_files(self._workspace, subject, progress)
+
+    def provenance(self, merged: Merged, progress: Progress = silent) -> dict[str, Any]:
+        """What a merged model was made of, and how: an in-toto statement with a SLSA provenance; see `registry.signing.provenance`."""
+        from registry.signing import provenance
+
+        return provenance(self._workspace, merged, progress)
+
+
+def _scope(adapter: str, where: Filter | None, namespaces: Sequence[str] = ()) -> Scope:
+    return Scope(AdapterName.parse(adapter) if adapter else None, where, tuple(namespaces))

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit, urlunsplit
 
 import platformdirs
 
 from registry.errors import InvalidSetting
 
-_KEYS = ("database_url", "store", "user", "server")
-CREDENTIALS_FILE = "credentials.json"
+_KEYS = ("database_url", "store", "user", "server", "webhook_allow")
+SETTINGS_FILE, CREDENTIALS_FILE = "config.toml", "credentials.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +25,8 @@ class Settings:
 
     `home` holds the database, the store, caches and the journals of running merges. `database_url` and `store_url` default to places
     inside it. `author` signs what is recorded. `hub_cache` is where the Hugging Face Hub's client keeps what it downloaded. `server` is the
-    URL of a server that has the registry, empty when this process opens it itself; `token` is what it wants to see.
+    URL of a server that has the registry, empty when this process opens it itself; `token` is what it wants to see. `webhook_allow` are hosts
+    and networks that webhooks may reach although they are not on the Internet. `origins` tells of each setting where it was found.
     """
 
     home: Path
@@ -35,15 +36,27 @@ class Settings:
     hub_cache: Path
     server: str = ""
     token: str = field(default="", repr=False)
+    webhook_allow: tuple[str, ...] = ()
+    origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def is_shared(self) -> bool:
         """Whether the database is a server's, so that several machines work with it and merges are workers' business."""
         return not self.database_url.startswith("sqlite")
 
+    @property
+    def address(self) -> str:
+        """Which registry this is: the URL of its server or database, without passwords and options."""
+        url = self.server or self.database_url
+        parts, host = urlsplit(url), urlsplit(url).hostname
+        if not host:
+            return url
+        return urlunsplit(parts._replace(netloc=f"{host}:{parts.port}" if parts.port else host, query=""))
+
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
-        """Read `CKPT_HOME`, `CKPT_DATABASE_URL`, `CKPT_STORE`, `CKPT_USER`, `CKPT_SERVER`; then `config.toml` in the home for what is unset.
+        """Read `CKPT_HOME`, `CKPT_DATABASE_URL`, `CKPT_STORE`, `CKPT_USER`, `CKPT_SERVER`, `CKPT_WEBHOOK_ALLOW`; then `config.toml` for what
+        is unset, which lies in the home.
 
         The token is `CKPT_TOKEN`, or what `ckpt login` kept for the server. A database in the environment goes before a server in the file.
         Where the Hub's client keeps its files is read as that client does (`HF_HUB_CACHE`, `HF_HOME`, `XDG_CACHE_HOME`).
@@ -53,10 +66,15 @@ class Settings:
         """
         place = environment.get("CKPT_HOME") or platformdirs.user_data_path("ckpt", appauthor=False)
         home = Path(os.path.abspath(os.path.expanduser(place)))
-        file = _read_file(home / "config.toml")
+        file = _read_file(home / SETTINGS_FILE)
 
         def choose(key: str, default: str) -> str:
             return environment.get(f"CKPT_{key.upper()}") or file.get(key) or default
+
+        def origin(key: str) -> str:
+            if environment.get(f"CKPT_{key.upper()}"):
+                return f"CKPT_{key.upper()}"
+            return "config.toml" if file.get(key) else "default"
 
         server = "" if environment.get("CKPT_DATABASE_URL") else choose("server", "")
         server = (environment.get("CKPT_SERVER") or server).rstrip("/")
@@ -68,6 +86,8 @@ class Settings:
             hub_cache=_hub_cache(environment),
             server=server,
             token=environment.get("CKPT_TOKEN") or (_kept_token(home, server) if server else ""),
+            origins={key: origin(key) for key in ("home", *_KEYS)},
+            webhook_allow=tuple(part.strip() for part in choose("webhook_allow", "").split(",") if part.strip()),
         )
 
 
@@ -91,10 +111,10 @@ def _read_file(path: Path) -> dict[str, str]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, OSError) as error:
-        raise InvalidSetting("config.toml", str(path), str(error)) from error
+        raise InvalidSetting(SETTINGS_FILE, str(path), str(error)) from error
     for key, value in found.items():
         if key not in _KEYS or not isinstance(value, str):
-            raise InvalidSetting("config.toml", key, f"expected text for one of {', '.join(_KEYS)}")
+            raise InvalidSetting(SETTINGS_FILE, key, f"expected text for one of {', '.join(_KEYS)}")
     return found
 
 

@@ -4,9 +4,10 @@ Layout below the store's URL:
 
     blobs/ab/<64 hex>     a blob; `ab` are the first two digits of its digest
     staging/<random>      what is being written, or was when its writer died
+    probe/<random>        what is tried out
 
-A blob appears under its name complete or not at all, and never changes. On a disk it is written to staging, synced, renamed, and the folders
-are synced; on an object store it is uploaded to staging and copied there by the server. Nothing is created before the first write.
+A blob appears under its name complete or not at all, and never changes. How a disk does it is in `registry.local_files`, how object
+stores do it in `registry.s3` and `registry.objects`. Nothing is created before the first write.
 """
 
 from __future__ import annotations
@@ -15,28 +16,38 @@ import hashlib
 import io
 import os
 import re
-import secrets
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol, Self, cast, final
+from typing import IO, TYPE_CHECKING, Any, Self, cast, final
 
 from blake3 import blake3
 
-from registry.disk import DurableFile, Translating, make_folders, sync_folder
-from registry.errors import Changed, Conflict, CorruptFile, DamagedBlob, PathNotFound, StorageFailed
-from registry.locations import Location, local_folder, open_filesystem
+from registry.disk import Translating
+from registry.errors import (
+    Changed,
+    Conflict,
+    CorruptFile,
+    DamagedBlob,
+    InvalidSetting,
+    PathNotFound,
+    StorageFailed,
+)
+from registry.local_files import LocalFiles
+from registry.locations import Location, Origin, StoredObject, is_s3, local_folder
 from registry.manifest import FileEntry, digest_of
+from registry.objects import Files, OpenBlob, RemoteFiles, Upload, holds, probe_key
 from registry.refs import Digest
+from registry.s3 import S3Files
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 BLOCK_BYTES = 4 << 20
+_WORST_SKEW_SECONDS = 60.0
 _BLOB_KEY = re.compile(r"blobs/([0-9a-f]{2})/(\1[0-9a-f]{62})")
 
 
@@ -59,16 +70,53 @@ class Store:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         self._folder = local_folder(url)
-        self._files: _Files = _RemoteFiles(self.url) if self._folder is None else _LocalFiles(self._folder)
+        self._files: Files = _files_at(self.url, self._folder)
         self._block_bytes = 8 * BLOCK_BYTES if self._folder is None else BLOCK_BYTES  # one request each
 
-    def create(self, *, sha256: bool = False) -> BlobWriter:
+    def probe(self) -> tuple[str, ...]:
+        """Try out what a team relies on, with a file that is removed again.
+
+        Returns:
+            What to be careful about, a sentence for each.
+
+        Raises:
+            InvalidSetting: it lets one writer replace what another has written, or does not give back what was written.
+        """
+        key = probe_key()
+        with Translating(self.url):
+            self._demand(
+                self._files.claim(key, b"the first"), "it does not take a file on the condition that none is there"
+            )
+            try:
+                is_refused = not self._files.claim(key, b"the second")
+                self._demand(is_refused, "it ignores write conditions: two writers could replace each other's files")
+                self._demand(self._range(key, 4, 5) == b"first", "it does not give the range of bytes asked for")
+                age_seconds = self._files.age_seconds(key)
+            finally:
+                self._files.delete(key)
+            self._demand(not holds(self._files, key, 9), "what is deleted stays there")
+        if abs(age_seconds) <= _WORST_SKEW_SECONDS:
+            return ()
+        return (f"its clock is {abs(age_seconds):.0f} s {'behind' if age_seconds > 0 else 'ahead of'} this machine's",)
+
+    def _demand(self, is_right: bool, reason: str) -> None:
+        if not is_right:
+            raise InvalidSetting("store", self.url, reason)
+
+    def _range(self, key: str, offset_bytes: int, count: int) -> bytes:
+        buffer = bytearray(count)
+        with closing(self._files.open(key)) as blob:
+            return bytes(buffer[: blob.read_into(offset_bytes, memoryview(buffer))])
+
+    def create(self, *, sha256: bool = False, expected: Digest | None = None, size_bytes: int = 0) -> BlobWriter:
         """Start a blob.
 
         Args:
             sha256: compute that digest too, beside BLAKE3.
+            expected: the digest it must have to be committed, where that is known: an object store can then have it under its name at once.
+            size_bytes: how large it will be, where that is known; S3 must know it for more than 156 GiB.
         """
-        return BlobWriter(self._files, self.url, sha256=sha256)
+        return BlobWriter(self._files, self.url, sha256=sha256, expected=expected, size_bytes=size_bytes)
 
     def put_file(self, location: Location, path: str) -> Blob:
         """Copy a file of a location into the store, with both digests.
@@ -79,16 +127,16 @@ class Store:
         """
         source = f"{location.url}/{path}"
         identity = location.identity(path)
-        with self.create(sha256=True) as writer:
-            with Translating(source), location.open(path) as stream:
-                before = (identity, stream.seek(0, os.SEEK_END))
-                stream.seek(0)
+        with Translating(source), location.open(path) as stream:
+            before = (identity, stream.seek(0, os.SEEK_END))
+            stream.seek(0)
+            with self.create(sha256=True, size_bytes=before[1]) as writer:
                 for block in _blocks(stream, source, BLOCK_BYTES):
                     writer.write(block)
-            after = (location.identity(path), writer.size_bytes)
-            if after != before:
-                raise Changed(source, *(f"{identity}, {size_bytes} bytes" for identity, size_bytes in (before, after)))
-            return writer.commit()
+                after = (location.identity(path), writer.size_bytes)
+                if after != before:
+                    raise Changed(source, *(f"{mark}, {size_bytes} bytes" for mark, size_bytes in (before, after)))
+                return writer.commit()
 
     def open(self, digest: Digest) -> IO[bytes]:
         """Open a blob for reading; the stream can seek.
@@ -98,7 +146,7 @@ class Store:
         """
         with self._reading(digest):
             blob = self._files.open(_key(digest))
-        return io.BufferedReader(_BlobStream(blob, self.url), BLOCK_BYTES)
+        return io.BufferedReader(_BlobStream(blob, self._reading(digest)), BLOCK_BYTES)
 
     def read_into(self, digest: Digest, offset_bytes: int, buffer: memoryview) -> None:
         """Fill the buffer with a blob's bytes from an offset on.
@@ -109,7 +157,7 @@ class Store:
         with self._reading(digest), closing(self._files.open(_key(digest))) as blob:
             self._fill(digest, blob, offset_bytes, buffer)
 
-    def _fill(self, digest: Digest, blob: _OpenBlob, offset_bytes: int, buffer: memoryview) -> None:
+    def _fill(self, digest: Digest, blob: OpenBlob, offset_bytes: int, buffer: memoryview) -> None:
         if blob.read_into(offset_bytes, buffer) < len(buffer):
             raise self._damaged(digest, f"at least {offset_bytes + len(buffer)} bytes", f"{blob.size_bytes} bytes")
 
@@ -159,7 +207,7 @@ class Store:
                     yield Digest(match[2]), size_bytes
 
     def age(self, digest: Digest) -> timedelta:
-        """How long ago a blob was last put here.
+        """How long ago a blob was written; on a disk, also when it was put here again.
 
         Raises:
             DamagedBlob: it is missing.
@@ -178,14 +226,17 @@ class Store:
         Args:
             older_than: how long the last write must be past; well above the longest pause of a living writer.
         """
-        removed = 0
         with Translating(self.url):
-            for key, _ in self._files.walk("staging"):
-                with suppress(FileNotFoundError):  # committed or swept by another process since it was listed
-                    if self._files.age_seconds(key) >= older_than.total_seconds():
-                        self._files.delete(key)
-                        removed += 1
-        return removed
+            return self._files.sweep_staging(older_than.total_seconds())
+
+    def stored_object(self, digest: Digest) -> StoredObject | None:
+        """A blob as an object that its server can copy; None elsewhere.
+
+        Raises:
+            DamagedBlob: it is missing.
+        """
+        with self._reading(digest):
+            return self._files.stored_object(_key(digest))
 
     def _reading(self, digest: Digest) -> Translating:
         return Translating(self.url, missing=self._damaged(digest, str(digest), "missing"))
@@ -201,25 +252,29 @@ class BlobWriter:
     Whatever fails also cancels it: half a write never becomes a blob, and a failed sync is not tried again.
     """
 
-    def __init__(self, files: _Files, url: str, *, sha256: bool) -> None:
-        self._files, self._url = files, url
+    def __init__(self, files: Files, url: str, *, sha256: bool, expected: Digest | None, size_bytes: int) -> None:
+        self._url, self._expected = url, expected
         self._blake3 = blake3()
         self._sha256 = hashlib.sha256() if sha256 else None
         self.size_bytes = 0
         with Translating(url):
-            self._staged: _Staged | None = files.stage()
+            self._upload: Upload | None = files.upload(_key(expected) if expected else "", size_bytes)
 
-    def write(self, data: bytes | memoryview[Any]) -> None:
+    def write(self, data: bytes | memoryview[Any], origin: Origin | None = None) -> None:
         """Append bytes; a memory view must be contiguous and may be reused afterwards.
+
+        Args:
+            data: the bytes.
+            origin: where an S3 store has the same bytes. The same store may then copy them itself.
 
         Raises:
             Conflict: the writer has ended.
             StorageFailed: the store does not take them.
         """
-        staged, view = self._unfinished(), memoryview(data).cast("B")
+        upload, view = self._unfinished(), memoryview(data).cast("B")
         try:
             with Translating(self._url):
-                staged.stream.write(view)
+                upload.write(view, origin)
         except BaseException:
             self.cancel()
             raise
@@ -232,37 +287,35 @@ class BlobWriter:
         """Publish what was written under its digest. A blob that is there already stays, unless its size shows that it is damaged.
 
         Args:
-            expected: the digest it must have; None takes what comes.
+            expected: the digest it must have, as for `Store.create`; None takes what comes.
 
         Raises:
             Conflict: the writer has ended.
             DamagedBlob: the bytes have another digest than the expected one.
             StorageFailed: the store does not take them.
         """
-        staged, digest = self._unfinished(), Digest(self._blake3.hexdigest())
+        upload, digest = self._unfinished(), Digest(self._blake3.hexdigest())
         try:
-            if expected is not None and digest != expected:
-                raise DamagedBlob(f"{self._url}/{_key(expected)}", str(expected), str(digest))
+            for wanted in (expected, self._expected):
+                if wanted is not None and digest != wanted:
+                    raise DamagedBlob(f"{self._url}/{_key(wanted)}", str(wanted), str(digest))
             with Translating(self._url):
-                self._files.publish(staged, _key(digest), self.size_bytes)
+                upload.publish(_key(digest), self.size_bytes)
         finally:
             self.cancel()
         return Blob(digest=digest, sha256=self._sha256.hexdigest() if self._sha256 else "", size_bytes=self.size_bytes)
 
     def cancel(self) -> None:
         """Drop what was written. Harmless at any time, also after `commit`; what the store does not let go is left to the sweep."""
-        staged, self._staged = self._staged, None
-        if staged is not None:
+        upload, self._upload = self._upload, None
+        if upload is not None:
             with suppress(StorageFailed), Translating(self._url):
-                try:
-                    staged.stream.close()
-                finally:
-                    self._files.delete(staged.key)
+                upload.cancel()
 
-    def _unfinished(self) -> _Staged:
-        if self._staged is None:
+    def _unfinished(self) -> Upload:
+        if self._upload is None:
             raise Conflict(f"a blob for {self._url}", "its writer has ended")
-        return self._staged
+        return self._upload
 
     def __enter__(self) -> Self:
         return self
@@ -285,7 +338,7 @@ class StoredFolder:
         self._store = store
         self._entries = {entry.path: entry for entry in sorted(files, key=lambda entry: entry.path)}
         self._name = name or digest_of([[path, entry.digest.hex] for path, entry in self._entries.items()]).hex
-        self._opened: dict[str, _OpenBlob] = {}
+        self._opened: dict[str, OpenBlob] = {}
         self._lock = threading.Lock()
 
     @property
@@ -311,6 +364,9 @@ class StoredFolder:
     def local_path(self, path: str) -> Path | None:
         return self._store.local_path(self._entry(path).digest)
 
+    def stored_object(self, path: str) -> StoredObject | None:
+        return self._store.stored_object(self._entry(path).digest)
+
     def close(self) -> None:
         with self._lock:
             for blob in self._opened.values():
@@ -323,7 +379,7 @@ class StoredFolder:
         except KeyError:
             raise PathNotFound(f"{self.url}/{path}") from None
 
-    def _blob(self, entry: FileEntry) -> _OpenBlob:
+    def _blob(self, entry: FileEntry) -> OpenBlob:
         with self._lock:
             if entry.path not in self._opened:
                 self._opened[entry.path] = self._store._files.open(_key(entry.digest))
@@ -334,10 +390,13 @@ def _key(digest: Digest) -> str:
     return f"blobs/{digest.hex[:2]}/{digest.hex}"
 
 
-def _holds(files: _Files, key: str, size_bytes: int) -> bool:
-    with suppress(FileNotFoundError):
-        return files.size(key) == size_bytes
-    return False
+def _files_at(url: str, folder: Path | None) -> Files:
+    return remote_files(url) if folder is None else LocalFiles(folder)
+
+
+def remote_files(url: str) -> S3Files | RemoteFiles:
+    """What is behind a URL that is not a path."""
+    return S3Files(url) if is_s3(url) else RemoteFiles(url)
 
 
 def _blocks(stream: IO[bytes], url: str, block_bytes: int) -> Iterator[memoryview]:
@@ -352,174 +411,12 @@ def _blocks(stream: IO[bytes], url: str, block_bytes: int) -> Iterator[memoryvie
         yield buffer[:count]
 
 
-class _OpenBlob(Protocol):
-    """A blob to read from, by any number of threads; `read_into` gives the count of bytes, short only where the blob ends."""
-
-    size_bytes: int
-
-    def read_into(self, offset_bytes: int, buffer: memoryview) -> int: ...
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Staged:
-    """What is being written, and its key."""
-
-    key: str
-    stream: _Stream
-
-
-class _Stream(Protocol):
-    def write(self, data: memoryview, /) -> object: ...
-    def close(self) -> None: ...
-
-
-class _Files(Protocol):
-    """Where keys (relative paths with `/`) have bytes. Raises the errors of the operating system or the client.
-
-    `publish` puts the bytes of a staged file under a key, complete and durable, unless a file of that size is there. `walk` gives every key
-    below a folder with its size in bytes, nothing for a missing folder; to `delete` a missing file is fine.
-    """
-
-    def stage(self) -> _Staged: ...
-    def publish(self, staged: _Staged, key: str, size_bytes: int) -> None: ...
-    def open(self, key: str) -> _OpenBlob: ...
-    def size(self, key: str) -> int: ...
-    def age_seconds(self, key: str) -> float: ...
-    def walk(self, folder: str) -> Iterator[tuple[str, int]]: ...
-    def delete(self, key: str) -> None: ...
-
-
-@final
-class _LocalFiles:
-    def __init__(self, root: Path) -> None:
-        self._root = root
-
-    def stage(self) -> _Staged:
-        key = f"staging/{secrets.token_hex(16)}"
-        make_folders(self._root / "staging")
-        return _Staged(key, DurableFile(self._root / key, "xb"))
-
-    def publish(self, staged: _Staged, key: str, size_bytes: int) -> None:
-        blob = self._root / key
-        if not _holds(self, key, size_bytes):
-            cast("DurableFile", staged.stream).sync()
-            make_folders(blob.parent)
-            # Another process may have published the same bytes just now; replacing them by themselves harms nobody.
-            (self._root / staged.key).replace(blob)
-        else:
-            os.utime(blob)  # whoever sweeps must see that somebody wants it again
-        # Also for a blob that was there: its writer may not have come that far, and its folder may be as new.
-        sync_folder(blob.parent)
-        sync_folder(blob.parent.parent)
-
-    def open(self, key: str) -> _OpenBlob:
-        return _LocalBlob(self._root / key)
-
-    def size(self, key: str) -> int:
-        return (self._root / key).stat().st_size
-
-    def age_seconds(self, key: str) -> float:
-        return time.time() - (self._root / key).stat().st_mtime
-
-    def walk(self, folder: str) -> Iterator[tuple[str, int]]:
-        with suppress(FileNotFoundError), os.scandir(self._root / folder) as entries:
-            for entry in entries:
-                key = f"{folder}/{entry.name}"
-                if entry.is_dir(follow_symlinks=False):
-                    yield from self.walk(key)
-                else:
-                    with suppress(FileNotFoundError):  # deleted since it was listed
-                        yield key, entry.stat().st_size
-
-    def delete(self, key: str) -> None:
-        (self._root / key).unlink(missing_ok=True)
-
-
-@final
-class _RemoteFiles:
-    def __init__(self, url: str) -> None:
-        self._url = url
-
-    def _at(self, key: str) -> tuple[Any, str]:
-        """The file system without what it remembers (other processes write, too), and the key's path in it."""
-        system, root = open_filesystem(self._url)
-        system.invalidate_cache()
-        return system, f"{root.rstrip('/')}/{key}"
-
-    def stage(self) -> _Staged:
-        key = f"staging/{secrets.token_hex(16)}"
-        system, path = self._at(key)
-        return _Staged(key, system.open(path, "wb"))
-
-    def publish(self, staged: _Staged, key: str, size_bytes: int) -> None:
-        staged.stream.close()
-        if not _holds(self, key, size_bytes):
-            system, path = self._at(key)
-            system.cp_file(self._at(staged.key)[1], path)
-
-    def open(self, key: str) -> _OpenBlob:
-        return _RemoteBlob(*self._at(key), size_bytes=self.size(key))
-
-    def size(self, key: str) -> int:
-        system, path = self._at(key)
-        return int(system.info(path)["size"])
-
-    def age_seconds(self, key: str) -> float:
-        system, path = self._at(key)
-        return time.time() - float(system.modified(path).timestamp())
-
-    def walk(self, folder: str) -> Iterator[tuple[str, int]]:
-        system, path = self._at(folder)
-        for name, info in system.find(path, detail=True).items():
-            yield folder + name[len(path) :], int(info["size"])
-
-    def delete(self, key: str) -> None:
-        system, path = self._at(key)
-        with suppress(FileNotFoundError):
-            system.rm_file(path)
-
-
-@final
-class _LocalBlob:
-    def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.size_bytes = os.fstat(self._descriptor).st_size
-
-    def read_into(self, offset_bytes: int, buffer: memoryview) -> int:
-        done = 0
-        while done < len(buffer) and (count := os.preadv(self._descriptor, [buffer[done:]], offset_bytes + done)):
-            done += count
-        return done
-
-    def close(self) -> None:
-        os.close(self._descriptor)
-
-
-@final
-class _RemoteBlob:
-    def __init__(self, system: Any, path: str, *, size_bytes: int) -> None:
-        self._system, self._path = system, path
-        self.size_bytes = size_bytes
-
-    def read_into(self, offset_bytes: int, buffer: memoryview) -> int:
-        end = min(offset_bytes + len(buffer), self.size_bytes)
-        if end <= offset_bytes:  # a range of nothing is an error to some servers
-            return 0
-        found = self._system.cat_file(self._path, start=offset_bytes, end=end)
-        buffer[: len(found)] = found
-        return len(found)
-
-    def close(self) -> None:
-        pass
-
-
 @final
 class _BlobStream(io.RawIOBase):
     """A blob as a stream with a position of its own (the streams of fsspec's `memory://` share one)."""
 
-    def __init__(self, blob: _OpenBlob, url: str) -> None:
-        self._blob, self._url, self._position = blob, url, 0
+    def __init__(self, blob: OpenBlob, translating: Translating) -> None:
+        self._blob, self._translating, self._position = blob, translating, 0
 
     def readable(self) -> bool:
         return True
@@ -533,7 +430,7 @@ class _BlobStream(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: WriteableBuffer, /) -> int:
-        with Translating(self._url):
+        with self._translating:  # also that it was deleted since it was opened
             count = self._blob.read_into(self._position, memoryview(buffer).cast("B"))
         self._position += count
         return count

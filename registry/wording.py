@@ -52,6 +52,17 @@ def _unknown(error: errors.NotFound) -> tuple[str, str]:
     return f"no {error.kind} {error.name!r}", near
 
 
+def _unknown_webhook(error: errors.UnknownWebhook) -> tuple[str, str]:
+    return f"no webhook {error.name}", "`ckpt webhook list` shows them"
+
+
+def _unknown_signature(error: errors.UnknownSignature) -> tuple[str, str]:
+    return (
+        f"nobody has signed {error.name}",
+        "`ckpt sign REF --key KEY` does; `--attach FILE` keeps a signature made elsewhere",
+    )
+
+
 def _unknown_path(error: errors.PathNotFound) -> tuple[str, str]:
     return (
         f"{error.name}: no such file or folder",
@@ -157,6 +168,10 @@ def _damaged(error: errors.DamagedBlob) -> tuple[str, str]:
     )
 
 
+def _swept(error: errors.BlobSwept) -> tuple[str, str]:
+    return f"{error.subject} was swept before it could be recorded", "run it again, which stores it again"
+
+
 def _nothing(error: errors.NothingMerged) -> tuple[str, str]:
     return (
         f"merging would not change one element of {error.subject} (largest delta {error.largest_delta:g}); nothing was written",
@@ -223,6 +238,8 @@ _TABLE: Mapping[type, _Explain] = {
     errors.NotFound: _unknown,
     errors.PathNotFound: _unknown_path,
     errors.UnknownBase: _unknown_base,
+    errors.UnknownWebhook: _unknown_webhook,
+    errors.UnknownSignature: _unknown_signature,
     errors.UnknownMetric: _unknown_metric,
     errors.UnknownEnvironment: _unknown_environment,
     errors.Ambiguous: _ambiguous,
@@ -240,6 +257,7 @@ _TABLE: Mapping[type, _Explain] = {
     errors.Changed: _changed,
     errors.BaseChanged: _base_changed,
     errors.DamagedBlob: _damaged,
+    errors.BlobSwept: _swept,
     errors.StorageFailed: _storage,
     errors.Cancelled: _cancelled,
     errors.Unreachable: _unreachable,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
@@ -11,21 +11,18 @@ from functools import cached_property
 from typing import Any, final
 
 from registry.db.catalog import Catalog
-from registry.db.schema import prepare, reading, upgrade, writing
-from registry.errors import InvalidInput
+from registry.db.condemned import only_sweep
+from registry.db.schema import BUSY_TIMEOUT_SECONDS, prepare, reading, upgrade, writing
+from registry.errors import BlobSwept, Conflict, DamagedBlob, InvalidInput
 from registry.fingerprint import DigestCache
-from registry.locations import Location
+from registry.locations import Location, local_folder
 from registry.manifest import Checkpoint, FileEntry, utc_now
+from registry.nearby import Nearby
+from registry.progress import Progress as Progress
+from registry.progress import silent as silent
+from registry.refs import Digest
 from registry.settings import Settings
 from registry.store import Store, StoredFolder
-
-Progress = Callable[[str, int, int], None]
-"""Told what is being done, the bytes done since the last call, and the bytes there are in all."""
-
-
-def silent(what: str, done_bytes: int, total_bytes: int) -> None:
-    """The progress of who does not want to know."""
-    del what, done_bytes, total_bytes
 
 
 @final
@@ -38,8 +35,9 @@ class Change:
         self.at = utc_now()
 
     def record(self, action: str, subject: str, /, **detail: Any) -> None:
-        """Write an event; it is kept or lost together with the change it tells of."""
-        self.catalog.events.append(self.author, self.at, action, subject, detail)
+        """Write an event, and what webhooks are told of it; both are kept or lost together with the change."""
+        event = self.catalog.events.append(self.author, self.at, action, subject, detail)
+        self.catalog.webhooks.tell(event)
 
 
 @final
@@ -51,6 +49,7 @@ class Workspace:
         self.store = Store(settings.store_url)
         self.cache = DigestCache(settings.home / "cache" / "tensors")
         self._open = threading.local()
+        self._turn = threading.Lock()
 
     def signed_by(self, author: str) -> Workspace:
         """The same parts, for somebody else: what is recorded through it has that author. Closing it is left to the first."""
@@ -96,16 +95,37 @@ class Workspace:
         if outer is not None:
             yield outer
             return
-        with _storable(), writing(self._engine) as session:
+        with _storable(), self._in_turn(), writing(self._engine) as session:
             self._open.change = Change(Catalog(session), self.settings.author)
             try:
                 yield self._open.change
             finally:
                 self._open.change = None
 
+    @contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        """The threads of one process write one after the other. The database would let them, too, but SQLite lets who waits look only now
+        and then, so that some wait for seconds; and waiting here takes no connection."""
+        if not self._turn.acquire(timeout=BUSY_TIMEOUT_SECONDS):
+            raise Conflict("database", f"locked by another thread for {BUSY_TIMEOUT_SECONDS} seconds")
+        try:
+            yield
+        finally:
+            self._turn.release()
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this thread is within a transaction that writes."""
+        return getattr(self._open, "change", None) is not None
+
     def folder_of(self, checkpoint: Checkpoint) -> Location:
         """A checkpoint's files, as a folder."""
-        return StoredFolder(self.store, checkpoint.manifest.files, checkpoint.digest.hex)
+        return self.stored_folder(checkpoint.manifest.files, checkpoint.digest.hex)
+
+    def stored_folder(self, files: Sequence[FileEntry], name: str) -> Location:
+        """Files of the store as a folder; where the store is not on this machine, small reads are joined."""
+        folder = StoredFolder(self.store, files, name)
+        return Nearby(folder) if local_folder(self.store.url) is None else folder
 
     def store_files(
         self, location: Location, paths: Iterable[str], advance: Callable[[int], None] = lambda done_bytes: None
@@ -124,13 +144,36 @@ class Workspace:
         return tuple(entries)
 
     def check_stored(self, entries: Iterable[FileEntry]) -> None:
-        """See, within a write transaction, that blobs about to be recorded are there: the sweep deletes only while it holds one itself.
+        """See, within a write transaction, that blobs about to be recorded are there, and keep them from being swept.
+
+        What is recorded already is there: its row goes before it does.
 
         Raises:
-            DamagedBlob: one was swept since it was stored; trying again stores it again.
+            BlobSwept: one was swept since it was stored, or is just now; `registry.storing.recording` stores it again.
         """
-        for entry in entries:
-            self.store.size(entry.digest)
+        digests = {entry.digest for entry in entries}
+        with self.reading() as catalog:
+            if doomed := catalog.condemned.doomed(digests):
+                raise self._swept(doomed[0], "being swept", digests)
+            catalog.condemned.pardon(digests)
+            for digest in sorted(digests - catalog.needs.known(digests)):
+                try:
+                    self.store.size(digest)
+                except DamagedBlob as error:
+                    raise self._swept(digest, error.found, digests) from error
+
+    def _swept(self, digest: Digest, found: str, wanted: Iterable[Digest]) -> BlobSwept:
+        return BlobSwept(f"blob {digest.hex}", str(digest), found, sorted(each.hex for each in wanted))
+
+    @contextmanager
+    def sweeping(self) -> Iterator[Callable[[], None]]:
+        """Be the only one that deletes blobs. Gives what raises `StorageFailed` as soon as that is so no longer.
+
+        Raises:
+            Conflict: somebody else is.
+        """
+        with only_sweep(self._engine) as still_alone:
+            yield still_alone
 
     def close(self) -> None:
         """Release the database."""

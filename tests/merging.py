@@ -44,7 +44,7 @@ class Bench:
     def findings(self, adapter: Path, base: Path) -> dict[str, Finding]:
         """What a check has against it, by code, whether it is refused when registering or when merging."""
         try:
-            report = self.registry.check(self.register(adapter, base)).report
+            report = self.registry.check(self.register(adapter, base))
         except Refused as refusal:
             report = refusal.report
         return {finding.code: finding for finding in report.findings if finding.level is not Level.PASS}

@@ -51,7 +51,8 @@ def _user() -> tuple[str, ...]:
     return ("setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups", "--pdeathsig", "KILL", "--")
 
 
-def _folder() -> Path:
+def unprivileged_folder() -> Path:
+    """A new folder for a server's data, that the server may write to."""
     folder = Path(tempfile.mkdtemp(prefix="ckpt-test-"))
     if os.geteuid() == 0:
         shutil.chown(folder, "postgres", "postgres")
@@ -114,7 +115,7 @@ def postgres_binary(name: str) -> str:
 
 def make_postgres_folder() -> Path:
     """A folder with a fresh cluster in `data`."""
-    folder = _folder()
+    folder = unprivileged_folder()
     command = [*_user(), postgres_binary("initdb"), "-D", str(folder / "data"), "-U", "postgres", "-A", "trust"]
     subprocess.run([*command, "-E", "UTF8", "--no-sync", "--locale=C.UTF-8"], check=True, capture_output=True)
     return folder
@@ -198,24 +199,31 @@ def start_s3(folder: Path, ports: Sequence[int] | None = None) -> Server:
         ]
     }
     (folder / "s3.json").write_text(json.dumps(config))
-    weed, log = Path(sys.executable).with_name("weed"), folder / "log"
     command = [
-        *_user(), str(weed), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false",
-        "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.port={s3}", f"-master.port={master}",
-        f"-volume.port={volume}", f"-filer.port={filer}", f"-admin.port={admin}", f"-s3.config={folder / 's3.json'}",
+        "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-admin.ui=false", "-webdav=false",
+        "-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.port={s3}", f"-master.port={master}", f"-volume.port={volume}",
+        f"-filer.port={filer}", f"-admin.port={admin}", f"-s3.config={folder / 's3.json'}",
     ]  # fmt: skip
+    return start_weed(command, folder, s3, {"AWS_ACCESS_KEY_ID": _KEY, "AWS_SECRET_ACCESS_KEY": _SECRET})
+
+
+def start_weed(command: Sequence[str], folder: Path, port: int, credentials: Mapping[str, str]) -> Server:
+    """Run SeaweedFS with a command of its own. Waits until its S3 server takes objects."""
+    weed, log = Path(sys.executable).with_name("weed"), folder / "log"
+    environment = {**os.environ, **credentials, "HOME": str(folder)}
     with log.open("ab") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=output, cwd=folder, env={**os.environ, "HOME": str(folder)}
+            [*_user(), str(weed), *command], stdout=output, stderr=output, cwd=folder, env=environment
         )
-    _wait(process, log, lambda: _answers(s3) and _serves(s3))
-    return Server(process, s3, folder)
+    key, secret = credentials["AWS_ACCESS_KEY_ID"], credentials["AWS_SECRET_ACCESS_KEY"]
+    _wait(process, log, lambda: _answers(port) and _serves(port, key, secret))
+    return Server(process, port, folder)
 
 
-def _serves(port: int) -> bool:
+def _serves(port: int, key: str, secret: str) -> bool:
     """Whether it takes and gives an object, which it does some time after it answers."""
     try:
-        system = s3_filesystem(port)
+        system = s3_filesystem(port, key, secret)
         system.call_s3("put_object", Bucket=_ready_bucket(system), Key="ready", Body=b"ready")
     except Exception:  # noqa: BLE001 - it is not ready yet, whatever the client makes of that
         return False
@@ -239,13 +247,13 @@ def s3_environment(port: int) -> Mapping[str, str]:
     }
 
 
-def s3_filesystem(port: int) -> Any:
+def s3_filesystem(port: int, key: str = _KEY, secret: str = _SECRET) -> Any:
     """s3fs, connected with the server."""
     import s3fs
 
     return s3fs.S3FileSystem(
-        key=_KEY,
-        secret=_SECRET,
+        key=key,
+        secret=secret,
         endpoint_url=f"http://127.0.0.1:{port}",
         client_kwargs={"region_name": "us-east-1"},
         skip_instance_cache=True,
@@ -255,7 +263,7 @@ def s3_filesystem(port: int) -> Any:
 @contextmanager
 def s3_server() -> Iterator[Server]:
     """An S3 server for as long as the block runs."""
-    folder = _folder()
+    folder = unprivileged_folder()
     server = start_s3(folder)
     try:
         yield server

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.numpy import load_file, save_file
 
 from registry import Settings, connect
+from registry.base_models import check_reachable
 from registry.errors import (
     BaseChanged,
     Changed,
@@ -25,6 +28,7 @@ from registry.errors import (
     PathNotFound,
     Refused,
     UnknownBase,
+    Unreachable,
 )
 from registry.manifest import Checkpoint, Finding, Level
 from registry.registering import Registration
@@ -56,7 +60,7 @@ def touch(path: Path) -> None:
 
 
 def refused(ckpt: Registry, checkpoint: Checkpoint, base: str = "") -> dict[str, Finding]:
-    findings = ckpt.check(checkpoint, base).report.findings
+    findings = ckpt.check(checkpoint, base).findings
     return {finding.code: finding for finding in findings if finding.level is Level.REFUSED}
 
 
@@ -357,3 +361,26 @@ def test_similar_names_are_offered(ckpt: Registry, base: Path, tmp_path: Path) -
     with pytest.raises(UnknownBase) as caught:
         ckpt.register(str(adapter), Registration(base="lama"))
     assert caught.value.near == ("llama",)
+
+
+@pytest.mark.parametrize(
+    ("url", "in_store", "is_reachable"),
+    [
+        ("/home/ada/llama", False, False),
+        ("file:///home/ada/llama", False, False),
+        ("local:///home/ada/llama", False, False),
+        ("memory://llama", False, False),
+        ("s3://models/llama", False, True),
+        ("https://models.example/llama", False, True),
+        ("/home/ada/llama", True, True),
+    ],
+)
+def test_a_team_merges_only_into_bases_that_all_its_machines_can_read(
+    ckpt: Registry, base: Path, url: str, in_store: bool, is_reachable: bool
+) -> None:
+    found = replace(ckpt.add_base(str(base)).base, url=url, in_store=in_store)
+    alone = ckpt.settings
+    team = replace(alone, database_url="postgresql://db/registry")
+    check_reachable(alone, found)
+    with nullcontext() if is_reachable else pytest.raises(Unreachable):
+        check_reachable(team, found)

@@ -20,7 +20,7 @@ from registry.service import Registry
 def check(ckpt: Registry, adapter: Path, base: str = "", **said: Any) -> dict[str, Finding]:
     """The findings by their codes."""
     checkpoint = ckpt.register(str(adapter), Registration(**said)).registered[0].checkpoint
-    return {finding.code: finding for finding in ckpt.check(checkpoint, base).report.findings}
+    return {finding.code: finding for finding in ckpt.check(checkpoint, base).findings}
 
 
 def refused(findings: Mapping[str, Finding]) -> set[str]:
@@ -142,7 +142,7 @@ def test_a_base_with_a_record_of_other_merges_is_fine(
 def test_merging_the_same_checkpoint_twice_is_refused(ckpt: Registry, adapter: Path, tmp_path: Path) -> None:
     checkpoint = ckpt.register(str(adapter)).registered[0].checkpoint
     ckpt.merge(ckpt.plan(checkpoint), out=str(tmp_path / "merged"))
-    findings = {each.code: each for each in ckpt.check(checkpoint, str(tmp_path / "merged")).report.findings}
+    findings = {each.code: each for each in ckpt.check(checkpoint, str(tmp_path / "merged")).findings}
     assert refused(findings) == {"base_weights", "merged_before"}
 
 
@@ -166,7 +166,7 @@ def test_an_incomplete_adapter_does_not_fit(ckpt: Registry, base: Path, tmp_path
 
 def test_a_glance_tells_the_same_from_headers_alone(ckpt: Registry, adapter: Path) -> None:
     checkpoint = ckpt.register(str(adapter)).registered[0].checkpoint
-    whole = ckpt.check(checkpoint).report.findings
+    whole = ckpt.check(checkpoint).findings
     glance = ckpt.details(checkpoint).report
     assert glance is not None
     assert set(glance.findings) == {finding for finding in whole if finding.code not in ("finite", "vocabulary")}

@@ -304,7 +304,7 @@ def test_an_adapter_that_gives_other_weights_is_refused(tmp_path: Path, bench: B
     """Two rows of a B in each other's place: names, shapes and norms are right, the merged weights are not."""
     workspace = bench.registry._workspace
     convert(bench, litgpt_run.ref, HF, tmp_path / "out")
-    examined = bench.registry.check(litgpt_run)
+    examined = bench.registry._examine(litgpt_run)
     side = Side(
         base=examined.base, model=open_base(workspace, examined.base), adapter=workspace.folder_of(litgpt_run),
         resolution=examined.resolution,

@@ -293,7 +293,7 @@ def test_a_base_of_the_same_shapes_with_other_weights_is_refused(
     bench: Bench, adapter: Path, base: Path, tmp_path: Path
 ) -> None:
     checkpoint = bench.register(adapter, base)
-    other = bench.registry.check(checkpoint, base=str(tiny.write_base(tmp_path / "other", seed=9))).report
+    other = bench.registry.check(checkpoint, base=str(tiny.write_base(tmp_path / "other", seed=9)))
     assert [finding.code for finding in other.findings if finding.level is Level.REFUSED] == ["base_weights"]
 
 
@@ -307,7 +307,7 @@ def test_a_base_that_has_this_checkpoint_in_it_is_refused(
 ) -> None:
     bench.merge(adapter, base, tmp_path / "merged")
     checkpoint = bench.register(adapter, base)
-    report = bench.registry.check(checkpoint, base=str(tmp_path / "merged")).report
+    report = bench.registry.check(checkpoint, base=str(tmp_path / "merged"))
     assert {f.code for f in report.findings if f.level is Level.REFUSED} == {"merged_before", "base_weights"}
 
 

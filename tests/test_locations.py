@@ -18,10 +18,11 @@ from registry.locations import MAX_FILES, Location, is_url, local_folder, open_l
 FILES = {"a.txt": b"abc", "b/c.bin": b"0123456789", "b/d/e": b"", ".hidden": b"x", ".git/config": b"x", "b/.x": b"x"}
 
 
-@pytest.fixture(params=["path", "file URL", "memory"])
+@pytest.fixture(params=["path", "file URL", "memory", "s3"])
 def location(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Location]:
     folder = tmp_path / "a folder"
-    url = {"path": str(folder), "file URL": folder.as_uri(), "memory": f"memory://{uuid.uuid4().hex}"}[request.param]
+    urls = {"path": str(folder), "file URL": folder.as_uri(), "memory": f"memory://{uuid.uuid4().hex}"}
+    url = urls.get(request.param) or request.getfixturevalue("s3_url") + "/a folder"
     system, root = fsspec.url_to_fs(str(folder) if request.param == "file URL" else url)
     for path, data in FILES.items():
         system.makedirs(f"{root}/{path}".rpartition("/")[0], exist_ok=True)

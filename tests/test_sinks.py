@@ -18,13 +18,15 @@ from registry.merge.sinks import FolderSink, RemoteSink, Sink, StoreSink, open_s
 from registry.store import Store, StoredFolder
 
 DATA = bytes(range(256)) * 40
+LARGE = bytes(range(256)) * (70 << 10)  # more than a part
 
 
 def write(sink: Sink, path: str, data: bytes) -> FileEntry:
     writer = sink.create(path, len(data))
-    buffer = bytearray(100)
-    for start in range(0, len(data), 100):
-        part = data[start : start + 100]
+    step = max(100, len(data) // 100)
+    buffer = bytearray(step)
+    for start in range(0, len(data), step):
+        part = data[start : start + step]
         buffer[: len(part)] = part
         writer.write(memoryview(buffer)[: len(part)])  # reused, as the engine does
     entry = writer.commit()
@@ -36,11 +38,13 @@ Open = Callable[[], Sink]
 Read = Callable[[FileEntry], bytes]
 
 
-@pytest.fixture(params=["store", "folder", "memory"])
+@pytest.fixture(params=["store", "store on S3", "folder", "memory", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Open, Read]]:
     """Opens a sink, as often as wanted, and reads a published file of it."""
-    store, url = Store(str(tmp_path / "store")), f"memory://sinks/{tmp_path.name}"
-    out = {"store": None, "folder": str(tmp_path / "sub" / "out"), "memory": url}[request.param]
+    bucket = request.getfixturevalue("s3_url") if "s3" in request.param.lower() else ""
+    store, url = Store(bucket or str(tmp_path / "store")), f"memory://sinks/{tmp_path.name}"
+    places = {"folder": str(tmp_path / "sub" / "out"), "memory": url, "s3": f"{bucket}/sub/out"}
+    out = places.get(request.param)
 
     def read(entry: FileEntry) -> bytes:
         folder = StoredFolder(store, [entry]) if out is None else open_location(out)
@@ -76,6 +80,17 @@ def test_holds_what_an_earlier_try_wrote(place: tuple[Open, Read]) -> None:
     missing = FileEntry(path="missing", size_bytes=1, digest=factories.digest("missing"))
     shorter = FileEntry(path=entry.path, size_bytes=1, digest=factories.digest("shorter"))
     assert not any(again.holds(wrong) for wrong in (other, missing, shorter))
+
+
+def test_a_file_may_be_written_again(place: tuple[Open, Read]) -> None:
+    open_it, read = place
+    for data in (DATA, DATA[::-1], LARGE, LARGE[::-1]):
+        sink = open_it()
+        sink.prepare(len(data))
+        entry = write(sink, "model.safetensors", data)
+        assert sink.holds(entry)
+    sink.publish()
+    assert read(entry) == data
 
 
 def test_a_cancelled_file_is_gone(place: tuple[Open, Read]) -> None:

@@ -1,4 +1,4 @@
-"""The store: one contract for a disk and an object store, then what only a disk can suffer."""
+"""The store: one contract for a disk, any object store and S3, then what only a disk can suffer."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ from registry.errors import Changed, Conflict, CorruptFile, DamagedBlob, PathNot
 from registry.locations import LocalLocation, Location, local_folder, open_location
 from registry.manifest import FileEntry
 from registry.refs import Digest
+from registry.s3 import PART_BYTES
 from registry.store import BLOCK_BYTES, Blob, Store, StoredFolder
 
 NOW = timedelta(0)
 
 
-def put(store: Store, data: bytes) -> Blob:
-    with store.create() as writer:
+def put(store: Store, data: bytes, expected: Digest | None = None) -> Blob:
+    with store.create(expected=expected) as writer:
         writer.write(data)
         return writer.commit()
 
@@ -55,8 +56,17 @@ def overwrite(store: Store, digest: Digest, data: bytes) -> None:
 
 
 def staged(store: Store) -> int:
+    """What dead writers have left: files, and on S3 uploads in parts."""
     system, root = fsspec.url_to_fs(behind(store, "staging"))
-    return len(system.find(root))
+    system.invalidate_cache()
+    found = sum(1 for path in system.find(root) if path != root)  # what SeaweedFS makes of an empty folder
+    if store.url.startswith("s3:"):
+        found += len(system.call_s3("list_multipart_uploads", Bucket=root.partition("/")[0]).get("Uploads", ()))
+    return found
+
+
+def noise(size_bytes: int) -> bytes:
+    return random.Random(size_bytes).randbytes(size_bytes)
 
 
 @pytest.fixture
@@ -64,10 +74,12 @@ def local(tmp_path: Path) -> Store:
     return Store((tmp_path / "a store" / "deep").as_uri())
 
 
-@pytest.fixture(params=["disk", "memory"])
+@pytest.fixture(params=["disk", "memory", "s3"])
 def store(request: pytest.FixtureRequest, local: Store) -> Iterator[Store]:
     if request.param == "disk":
         yield local
+    elif request.param == "s3":
+        yield Store(request.getfixturevalue("s3_url") + "/a store/")
     else:
         url = f"memory://{uuid.uuid4().hex}"
         yield Store(url + "/store/")
@@ -79,11 +91,10 @@ def store(request: pytest.FixtureRequest, local: Store) -> Iterator[Store]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Files of several sizes, one larger than a block."""
-    noise = random.Random(7)
     for path, size_bytes in {"b.bin": BLOCK_BYTES + 12345, "a.json": 20, "sub/c.bin": 4096, "empty": 0}.items():
         file = tmp_path / "model" / path
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(noise.randbytes(size_bytes))
+        file.write_bytes(noise(size_bytes))
         os.utime(file, (1e9, 1e9))  # long ago, so that a write in the next millisecond shows
     return tmp_path / "model"
 
@@ -91,9 +102,13 @@ def folder(tmp_path: Path) -> Path:
 # Writing
 
 
-@pytest.mark.parametrize("data", [b"", b"x", b"weights" * 1_000_000], ids=["empty", "one byte", "7 MB"])
-def test_what_is_committed_can_be_read_by_its_digest(store: Store, data: bytes) -> None:
-    with store.create(sha256=True) as writer:
+@pytest.mark.parametrize(
+    ("size_bytes", "is_known"), [(0, False), (1, True), (PART_BYTES, False), (40_000_000, False), (40_000_000, True)]
+)
+def test_what_is_committed_can_be_read_by_its_digest(store: Store, size_bytes: int, is_known: bool) -> None:
+    data = noise(size_bytes)
+    known = digest_of_bytes(data) if is_known else None
+    with store.create(sha256=True, expected=known, size_bytes=size_bytes if is_known else 0) as writer:
         writer.write(data)
         blob = writer.commit(expected=digest_of_bytes(data))
     assert blob == Blob(digest=digest_of_bytes(data), sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
@@ -128,14 +143,16 @@ def test_a_buffer_may_be_reused_and_hold_other_than_bytes(store: Store) -> None:
     assert (found[0], found[8], len(found)) == (1.0, 2.0, 16)
 
 
-def test_other_bytes_than_expected_are_not_published(store: Store) -> None:
+@pytest.mark.parametrize("given", [b"given", bytes(PART_BYTES + 1)], ids=["small", "large"])
+def test_other_bytes_than_expected_are_not_published(store: Store, given: bytes) -> None:
     expected = digest_of_bytes(b"wanted")
-    writer = store.create()
-    writer.write(b"given")
-    with pytest.raises(DamagedBlob) as caught:
-        writer.commit(expected)
-    assert (caught.value.expected, caught.value.found) == (str(expected), str(digest_of_bytes(b"given")))
-    assert (list(store.blobs()), staged(store)) == ([], 0)
+    for known, said in ((expected, None), (None, expected)):
+        writer = store.create(expected=known)
+        writer.write(given)
+        with pytest.raises(DamagedBlob) as caught:
+            writer.commit(said)
+        assert (caught.value.expected, caught.value.found) == (str(expected), str(digest_of_bytes(given)))
+        assert (list(store.blobs()), staged(store)) == ([], 0)
 
 
 def test_cancel_drops_an_open_blob_and_leaves_a_committed_one(store: Store) -> None:
@@ -152,22 +169,39 @@ def test_cancel_drops_an_open_blob_and_leaves_a_committed_one(store: Store) -> N
             writer.write(b"more")
         with pytest.raises(Conflict):
             writer.commit()
-    with store.create() as writer:
-        writer.write(b"left without a commit")
+    for data in (b"left without a commit", bytes(2 * PART_BYTES + 1)):
+        with store.create() as writer:
+            writer.write(data)
     assert (len(list(store.blobs())), staged(store)) == (1, 0)
 
 
-def test_a_blob_that_is_there_stays_unless_its_size_is_wrong(store: Store) -> None:
-    digest = put(store, b"good").digest
-    overwrite(store, digest, b"evil")  # of the same size: nobody looked
-    put(store, b"good")
+@pytest.mark.parametrize("size_bytes", [4, PART_BYTES + 1])
+@pytest.mark.parametrize("is_known", [False, True], ids=["found digest", "known digest"])
+def test_a_blob_that_is_there_stays_unless_its_size_is_wrong(store: Store, size_bytes: int, is_known: bool) -> None:
+    good, evil = b"g" * size_bytes, b"e" * size_bytes
+    known = digest_of_bytes(good) if is_known else None
+    digest = put(store, good, known).digest
+    overwrite(store, digest, evil)  # of the same size: nobody looked
+    put(store, good, known)
     with store.open(digest) as stream:
-        assert stream.read() == b"evil"
+        assert stream.read() == evil
     overwrite(store, digest, b"cut")
-    put(store, b"good")
+    put(store, good, known)
     with store.open(digest) as stream:
-        assert stream.read() == b"good"
+        assert stream.read() == good
     assert staged(store) == 0
+
+
+def test_whoever_writes_the_same_blob_at_the_same_time_succeeds(store: Store) -> None:
+    data = noise(PART_BYTES + 1000)
+    writers = [store.create(expected=digest_of_bytes(data) if n % 2 else None) for n in range(4)]
+    for writer in writers:
+        writer.write(data)
+    with ThreadPoolExecutor(4) as pool:
+        blobs = list(pool.map(lambda writer: writer.commit(), writers))
+    assert [blob.digest for blob in blobs] == [digest_of_bytes(data)] * 4
+    assert (list(store.blobs()), staged(store)) == ([(blobs[0].digest, len(data))], 0)
+    store.verify(blobs[0].digest)
 
 
 def test_many_threads_may_write_the_same_blobs(store: Store) -> None:
@@ -212,6 +246,7 @@ def test_a_missing_blob_is_named(store: Store) -> None:
         "read_into": lambda: store.read_into(digest, 0, memoryview(bytearray(1))),
         "size": lambda: store.size(digest),
         "verify": lambda: store.verify(digest),
+        "age": lambda: store.age(digest),
     }
     for read in reads.values():
         with pytest.raises(DamagedBlob) as caught:
@@ -245,6 +280,17 @@ def test_delete_and_listing(store: Store) -> None:
     assert list(store.blobs()) == [(kept.digest, 4)]
 
 
+def test_a_blob_is_as_old_as_its_last_writing(store: Store) -> None:
+    assert abs(store.age(put(store, b"new").digest)) < timedelta(seconds=30)
+
+
+def test_a_good_store_passes_the_probe_and_nothing_is_left_of_it(store: Store) -> None:
+    assert store.probe() == ()
+    system, root = fsspec.url_to_fs(behind(store, ""))
+    system.invalidate_cache()
+    assert [path for path in system.find(root) if path.strip("/") != root.strip("/")] == []
+
+
 def test_the_sweep_takes_what_is_old_enough(store: Store) -> None:
     put(store, b"a blob is not swept")
     with fsspec.open(behind(store, "staging/left-by-the-dead"), "wb") as file:
@@ -255,6 +301,7 @@ def test_the_sweep_takes_what_is_old_enough(store: Store) -> None:
     assert (staged(store), len(list(store.blobs()))) == (0, 1)
 
 
+@pytest.mark.parametrize("store", ["disk", "memory"], indirect=True)  # to S3, a key is only a name
 def test_a_store_below_a_file_fails_as_storage(store: Store) -> None:
     digest = put(store, b"data").digest
     below = Store(f"{store.url}/blobs/{digest.hex[:2]}/{digest.hex}/store")

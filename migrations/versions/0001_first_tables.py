@@ -377,3 +377,26 @@ def _create_tags() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_tags")),
         sa.UniqueConstraint("checkpoint_id", "key", name=op.f("uq_tags_checkpoint_id_key")),
     )
+
+
+def downgrade() -> None:
+    """Drop every table, those that refer to others first."""
+    for table in (
+        "tags",
+        "shipments",
+        "notes",
+        "metrics",
+        "merged_locations",
+        "merged_inputs",
+        "merged_blobs",
+        "checkpoint_blobs",
+        "aliases",
+        "merged",
+        "checkpoints",
+        "base_blobs",
+        "events",
+        "blobs",
+        "bases",
+        "adapters",
+    ):
+        op.drop_table(table)

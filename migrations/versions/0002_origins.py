@@ -38,3 +38,9 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("checkpoint_id", "position", name=op.f("pk_parents")),
     )
     op.create_index(op.f("ix_parents_parent_id"), "parents", ["parent_id"], unique=False)
+
+
+def downgrade() -> None:
+    """Drop them; what was made of others counts as trained again."""
+    op.drop_table("parents")
+    op.drop_table("origins")

@@ -1,27 +1,26 @@
 """The history of changes, as a chain of events.
 
-Each event's hash is BLAKE3 over the hash of the one before (64 hex digits; zeros for the first) followed by the canonical JSON of its own
-number, time, author, action, subject and detail. A changed, missing, added or moved event breaks the chain. Two things it does not
-show: that events are missing at the end, and that somebody has written the whole chain anew. Whoever keeps the last hash elsewhere sees
-both.
+See `registry.chain` for the hashes. A changed, missing, added or moved event breaks the chain. Two things it does not show: that events are
+missing at the end, and that somebody has written the whole chain anew. Whoever keeps the last hash elsewhere sees both.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from datetime import datetime
 from typing import Any, final
 
-from blake3 import blake3
-from sqlalchemy import func, select
+from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
-from registry.db.tables import EventRow
+from registry.chain import FIRST, AuditState, follow, hash_of
+from registry.codec import plain
+from registry.db.tables import LINE_LENGTH, EventRow
 from registry.errors import Changed
-from registry.manifest import Event, canonical_json, to_json
+from registry.manifest import Event
 
-_FIRST = "0" * 64
+_LAST = "last event"
 
 
 @final
@@ -41,76 +40,88 @@ class Events:
             subject: to what, as people refer to it.
             detail: more about it; anything `to_json` takes.
         """
-        last = self._session.execute(
-            select(EventRow.number, EventRow.hash).order_by(EventRow.number.desc()).limit(1)
-        ).one_or_none()
-        number, previous = (last[0] + 1, last[1]) if last else (1, _FIRST)
+        number, previous = self._last()
+        number += 1
         row = EventRow(
             number=number,
             at=at,
             author=author,
             action=action,
             subject=subject,
-            detail=_plain(to_json(detail)),
+            about=about(subject),
+            detail=plain(detail),
             previous_hash=previous,
         )
-        row.hash = _hash(row)
+        row.hash = hash_of(previous, _value(row))
         self._session.add(row)
-        self._session.flush()
+        self._session.info[_LAST] = number, row.hash
         return _value(row)
 
-    def all(self, subject_prefix: str = "", limit: int | None = None) -> list[Event]:
-        """The last `limit` events (None: every one) whose subject starts with the prefix, oldest first."""
-        rows = self._session.scalars(
-            select(EventRow)
-            # not LIKE, which ignores case in SQLite
-            .where(func.substr(EventRow.subject, 1, len(subject_prefix)) == subject_prefix)
-            .order_by(EventRow.number.desc())
-            .limit(limit)
-        )
-        return [_value(row) for row in rows][::-1]
+    def _last(self) -> tuple[int, str]:
+        """Number and hash of the last event. Who appends is alone, so it is looked up once for each transaction."""
+        kept: tuple[int, str] | None = self._session.info.get(_LAST)
+        if kept is not None:
+            return kept
+        found = self._session.execute(
+            select(EventRow.number, EventRow.hash).order_by(EventRow.number.desc()).limit(1)
+        ).one_or_none()
+        return (found.number, found.hash) if found else (0, FIRST)
 
-    def verify(self) -> int:
+    def all(
+        self, subject: str = "", limit: int | None = None, *, author: str = "", since: datetime | None = None
+    ) -> list[Event]:
+        """The last `limit` events (None: every one), oldest first; of a subject, also those of what it is the name of: `bot@v1` of `bot`.
+
+        Args:
+            subject: of this one only.
+            limit: the most to give.
+            author: of this one only.
+            since: from then on; aware.
+        """
+        statement = select(EventRow).order_by(EventRow.number.desc()).limit(limit)
+        if author:
+            statement = statement.where(EventRow.author == author)
+        if since:
+            statement = statement.where(EventRow.at >= since)
+        if subject:
+            inside = f"{subject}@"
+            statement = statement.where(
+                EventRow.about == about(subject),
+                # not LIKE, which ignores case in SQLite
+                or_(EventRow.subject == subject, func.substr(EventRow.subject, 1, len(inside)) == inside),
+            )
+        return [_value(row) for row in self._session.scalars(statement)][::-1]
+
+    def each(self) -> Iterator[Event]:
+        """All of them, oldest first, a few at a time."""
+        return map(_value, self._rows())
+
+    def _rows(self) -> Iterator[EventRow]:
+        statement = select(EventRow).order_by(EventRow.number).execution_options(yield_per=1000)
+        with closing(self._session.scalars(statement)) as rows:
+            yield from rows
+
+    def verify(self) -> AuditState:
         """Walk the whole chain.
-
-        Returns:
-            How many events it has.
 
         Raises:
             Changed: names the first event that is not as it was written.
         """
-        number, previous = 0, _FIRST
-        for row in self._session.scalars(select(EventRow).order_by(EventRow.number).execution_options(yield_per=1000)):
-            number += 1
-            if row.number != number:
-                raise Changed(f"event {number}", "in its place", f"missing; the next is {row.number}")
-            if row.previous_hash != previous:
-                raise Changed(f"event {number}", previous, row.previous_hash)
-            if (found := _hash(row)) != row.hash:
-                raise Changed(f"event {number}", row.hash, found)
-            previous = row.hash
-        return number
+        state = AuditState(count=0, hash=FIRST)
+        for row in self._rows():
+            after = follow(state, _value(row))
+            # What is not hashed itself follows from what is.
+            if (row.previous_hash, row.about) != (state.hash, about(row.subject)):
+                raise Changed(
+                    f"event {row.number}", f"{state.hash} {about(row.subject)}", f"{row.previous_hash} {row.about}"
+                )
+            state = after
+        return state
 
 
-def _hash(row: EventRow) -> str:
-    fields = {
-        "number": row.number,
-        "at": to_json(row.at),
-        "author": row.author,
-        "action": row.action,
-        "subject": row.subject,
-        "detail": row.detail,
-    }
-    return blake3(row.previous_hash.encode() + canonical_json(fields)).hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinities: they become text."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+def about(subject: str) -> str:
+    """What a subject without its `@` is about, as far as an index holds it: an adapter, a base model, an environment…"""
+    return subject.partition("@")[0][:LINE_LENGTH]
 
 
 def _value(row: EventRow) -> Event:

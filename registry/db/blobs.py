@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import final
 
-from sqlalchemy import Select, delete, exists, select
+from sqlalchemy import ColumnElement, Select, delete, exists, insert, or_, select
 from sqlalchemy.orm import Session
 
 from registry.db.tables import BaseBlobRow, BlobRow, CheckpointBlobRow, MergedBlobRow
@@ -44,13 +44,27 @@ class Blobs:
         ids = self._session.scalars(select(BlobRow.id).where(BlobRow.digest.in_(digests)))
         self._session.add_all([table(owner_id=owner_id, blob_id=blob_id) for blob_id in ids])
 
-    def unreferenced(self) -> list[Digest]:
-        """The blobs that nothing needs any more."""
-        return [Digest(text) for text in self._session.scalars(_unreferenced().order_by(BlobRow.digest))]
+    def require_new(self, table: Need, wanted: Mapping[int, Iterable[FileEntry]]) -> None:
+        """The same for several rows that were just made, all at once."""
+        needs = {owner_id: {entry.digest.hex: entry for entry in entries} for owner_id, entries in wanted.items()}
+        self.add(entry for entries in needs.values() for entry in entries.values())
+        self._session.flush()
+        digests = {digest for entries in needs.values() for digest in entries}
+        found = self._session.execute(select(BlobRow.digest, BlobRow.id).where(BlobRow.digest.in_(digests)))
+        ids = {row.digest: row.id for row in found}
+        rows = [
+            {"owner_id": owner_id, "blob_id": ids[digest]} for owner_id, entries in needs.items() for digest in entries
+        ]
+        if rows:
+            self._session.execute(insert(table), rows)
 
-    def needed(self) -> set[Digest]:
-        """The blobs that something needs."""
-        return {Digest(text) for text in self._session.scalars(select(BlobRow.digest))} - set(self.unreferenced())
+    def required(self) -> list[FileEntry]:
+        """The blobs that something needs, by digest; a blob's path is its digest."""
+        rows = self._session.scalars(select(BlobRow).where(or_(*_needed())).order_by(BlobRow.digest))
+        return [
+            FileEntry(path=row.digest, size_bytes=row.size_bytes, digest=Digest(row.digest), sha256=row.sha256)
+            for row in rows
+        ]
 
     def forget(self, digests: Iterable[Digest]) -> None:
         """Delete the rows of blobs, so that their objects may go.
@@ -67,4 +81,8 @@ class Blobs:
 
 
 def _unreferenced() -> Select[str]:
-    return select(BlobRow.digest).where(*(~exists().where(table.blob_id == BlobRow.id) for table in _NEEDS))
+    return select(BlobRow.digest).where(*(~needed for needed in _needed()))
+
+
+def _needed() -> list[ColumnElement[bool]]:
+    return [exists().where(table.blob_id == BlobRow.id) for table in _NEEDS]

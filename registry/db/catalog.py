@@ -14,8 +14,17 @@ from registry.db.audit import Events
 from registry.db.bases import Bases
 from registry.db.blobs import Blobs
 from registry.db.checkpoints import Checkpoints
+from registry.db.condemned import Condemned
+from registry.db.jobs import Jobs
+from registry.db.leases import Leases
 from registry.db.merged import MergedModels
+from registry.db.needs import Needs
+from registry.db.replies import Replies
 from registry.db.shipments import Shipments
+from registry.db.signatures import Signatures
+from registry.db.tokens import Tokens
+from registry.db.vitals import Vitals
+from registry.db.webhooks import Webhooks
 
 
 @final
@@ -28,4 +37,13 @@ class Catalog:
         self.merged = MergedModels(session)
         self.shipments = Shipments(session)
         self.blobs = Blobs(session)
+        self.needs = Needs(session)
+        self.condemned = Condemned(session)
+        self.vitals = Vitals(session)
         self.events = Events(session)
+        self.jobs = Jobs(session)
+        self.webhooks = Webhooks(session)
+        self.signatures = Signatures(session)
+        self.tokens = Tokens(session)
+        self.leases = Leases(session)
+        self.replies = Replies(session)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import cast
+from typing import Any, cast
 
-from sqlalchemy import ColumnElement, Select, func, select
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, Select, exists, select
+from sqlalchemy.orm import Session, aliased
 
-from registry.db.documents import manifest_from
+from registry.codec import from_json
 from registry.db.lookup import ref
 from registry.db.tables import (
+    BEGINNING_LENGTH,
     AdapterRow,
     AliasRow,
     BaseRow,
@@ -24,32 +25,57 @@ from registry.db.tables import (
     ShipmentRow,
     TagRow,
 )
-from registry.manifest import Checkpoint, Direction, Metric, Note, Origin
+from registry.filters import as_number
+from registry.manifest import Checkpoint, Direction, Manifest, Metric, Note, Origin
 from registry.refs import AdapterName, Digest
 
-
-def metric_row(row_id: int, metric: Metric, author: str, at: datetime) -> MetricRow:
-    """A metric of the checkpoint in a row."""
-    return MetricRow(
-        checkpoint_id=row_id,
-        name=metric.name,
-        value=metric.value,
-        step=metric.step,
-        split=metric.split,
-        direction=metric.direction,
-        recorded_at=at,
-        author=author,
-    )
+Chosen = Select[int] | Sequence[int]
+_PART = 1000  # parameters of one statement
 
 
-def note_row(row_id: int, note: Note) -> NoteRow:
-    """A note on the checkpoint in a row."""
-    return NoteRow(checkpoint_id=row_id, text=note.text, author=note.author, created_at=note.created_at)
+def metric_values(row_id: int, metric: Metric, author: str, at: datetime, *, is_current: bool = True) -> dict[str, Any]:
+    """The columns of a metric of the checkpoint in a row."""
+    return {
+        "checkpoint_id": row_id,
+        "name": metric.name,
+        "value": metric.value,
+        "step": metric.step,
+        "split": metric.split,
+        "direction": metric.direction,
+        "recorded_at": at,
+        "author": author,
+        "is_current": is_current,
+    }
+
+
+def note_values(row_id: int, note: Note) -> dict[str, Any]:
+    """The columns of a note on the checkpoint in a row."""
+    return {"checkpoint_id": row_id, "text": note.text, "author": note.author, "created_at": note.created_at}
+
+
+def tag_values(row_id: int, key: str, value: str) -> dict[str, Any]:
+    """The columns of a tag of the checkpoint in a row, with what follows from its value."""
+    shown = {"value": value, "beginning": value[:BEGINNING_LENGTH], "number": as_number(value)}
+    return {"checkpoint_id": row_id, "key": key, **shown}
 
 
 def load(session: Session, *conditions: ColumnElement[bool]) -> list[Checkpoint]:
     """The checkpoints that conditions on their and their adapter's row select, by adapter and version: eight queries in all."""
-    chosen = select(CheckpointRow.id).join(AdapterRow).where(*conditions)
+    found = _load(session, select(CheckpointRow.id).join(AdapterRow).where(*conditions), *conditions)
+    # not ORDER BY: what comes first in a name is no matter of text
+    return sorted(found.values(), key=lambda each: (each.adapter.namespace, each.adapter.name, each.version))
+
+
+def load_each(session: Session, ids: Sequence[int]) -> list[Checkpoint]:
+    """The checkpoints of rows, in the order of the ids."""
+    found: dict[int, Checkpoint] = {}
+    for start in range(0, len(ids), _PART):
+        part = ids[start : start + _PART]
+        found |= _load(session, part, CheckpointRow.id.in_(part))
+    return [found[each] for each in ids]
+
+
+def _load(session: Session, chosen: Chosen, *conditions: ColumnElement[bool]) -> dict[int, Checkpoint]:
     metrics, notes = _metrics(session, chosen), _notes(session, chosen)
     tags, aliases, environments = _tags(session, chosen), _aliases(session, chosen), _environments(session, chosen)
     origins = _origins(session, chosen)
@@ -61,12 +87,12 @@ def load(session: Session, *conditions: ColumnElement[bool]) -> list[Checkpoint]
         .join(BaseRow, CheckpointRow.base_id == BaseRow.id)
         .where(*conditions)
     )
-    found = [
-        Checkpoint(
+    return {
+        row.id: Checkpoint(
             adapter=AdapterName(namespace, name),
             version=row.version,
             digest=Digest(row.digest),
-            manifest=manifest_from(row.manifest),
+            manifest=from_json(Manifest, row.manifest),
             base=Digest(weights),
             base_name=base_name,
             architecture=Digest(architecture),
@@ -84,12 +110,7 @@ def load(session: Session, *conditions: ColumnElement[bool]) -> list[Checkpoint]
             origin=origins.get(row.id),
         )
         for row, namespace, name, weights, base_name, architecture in rows
-    ]
-    # not ORDER BY: databases differ in how they order text
-    return sorted(found, key=lambda each: (each.adapter.namespace, each.adapter.name, each.version))
-
-
-Chosen = Select[int]
+    }
 
 
 def _metrics(session: Session, chosen: Chosen) -> Mapping[int, Sequence[Metric]]:
@@ -136,15 +157,15 @@ def _aliases(session: Session, chosen: Chosen) -> Mapping[int, Sequence[str]]:
 
 
 def _environments(session: Session, chosen: Chosen) -> Mapping[int, Sequence[str]]:
-    last = (
-        select(func.max(ShipmentRow.id))
-        .join_from(ShipmentRow, CheckpointRow)
-        .group_by(ShipmentRow.environment, CheckpointRow.adapter_id)
-        .correlate(None)
-    )
+    later = aliased(ShipmentRow)
     found = defaultdict[int, list[str]](list)
     statement = select(ShipmentRow.checkpoint_id, ShipmentRow.environment).where(
-        ShipmentRow.id.in_(last), ShipmentRow.checkpoint_id.in_(chosen)
+        ShipmentRow.checkpoint_id.in_(chosen),
+        ~exists().where(
+            later.environment == ShipmentRow.environment,
+            later.adapter_id == ShipmentRow.adapter_id,
+            later.id > ShipmentRow.id,
+        ),
     )
     for owner, environment in session.execute(statement):
         found[owner].append(environment)

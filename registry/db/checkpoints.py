@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import final
 
-from sqlalchemy import ColumnElement, Select, delete, func, select
+from sqlalchemy import ColumnElement, Select, delete, func, select, update
 from sqlalchemy.orm import Session
 
-from registry.db.blobs import Blobs
-from registry.db.checkpoint_rows import load, metric_row, note_row
-from registry.db.lookup import checkpoint_id, is_adapter, near, ref, starts_with
+from registry.codec import plain
+from registry.db.adding import add_rows
+from registry.db.checkpoint_rows import load, metric_values, note_values, tag_values
+from registry.db.counting import count_metrics, discount_metrics
+from registry.db.listing import Scope, page
+from registry.db.lookup import checkpoint_id, is_adapter, near, ref, starts_with, unknown_adapter
+from registry.db.needs import in_parts
+from registry.db.ranking import rank
 from registry.db.tables import (
     AdapterRow,
     AliasRow,
-    BaseRow,
-    CheckpointBlobRow,
     CheckpointRow,
     MergedInputRow,
     MergedRow,
+    MetricRow,
+    NoteRow,
     OriginRow,
     ParentRow,
     ShipmentRow,
     TagRow,
 )
-from registry.errors import Ambiguous, InUse, NotFound, UnknownAdapter, UnknownBase, UnknownCheckpoint
-from registry.manifest import Checkpoint, Metric, Note, Origin, to_json
+from registry.errors import Ambiguous, InUse, NotFound, UnknownCheckpoint
+from registry.manifest import Checkpoint, Direction, Metric, Note, Origin
 from registry.refs import AdapterName, CheckpointRef, Digest
+from registry.selection import Grouping, Ranking
+from registry.teamwork import Page
+
+_SUGGESTED = 500
 
 
 @final
@@ -39,14 +49,12 @@ class Checkpoints:
 
     def adapters(self) -> list[AdapterName]:
         """Every adapter, by namespace and name."""
-        rows = self._session.execute(
-            select(AdapterRow.namespace, AdapterRow.name).where(AdapterRow.id.in_(select(CheckpointRow.adapter_id)))
-        )
+        rows = self._session.execute(select(AdapterRow.namespace, AdapterRow.name).where(AdapterRow.checkpoints > 0))
         return sorted(AdapterName(namespace, name) for namespace, name in rows)
 
     def count(self) -> int:
         """How many checkpoints there are."""
-        return self._session.scalar(select(func.count()).select_from(CheckpointRow)) or 0
+        return int(self._session.scalar(select(func.sum(AdapterRow.checkpoints))) or 0)
 
     def all(self, adapter: AdapterName | None = None) -> list[Checkpoint]:
         """Every checkpoint (of one adapter), by adapter and version, in a fixed number of queries.
@@ -54,31 +62,62 @@ class Checkpoints:
         Raises:
             UnknownAdapter: no adapter of this name.
         """
-        if adapter is None:
-            return load(self._session)
-        found = load(self._session, is_adapter(adapter))
-        if not found:
-            raise self._unknown(adapter)
-        return found
+        return self.passing(Scope(adapter))
+
+    def page(self, scope: Scope, *, sort: str = "", cursor: str = "", limit: int = 50) -> Page[Checkpoint]:
+        """A part of a list, the newest first; see `registry.service.Registry.page`."""
+        return page(self._session, scope, sort=sort, cursor=cursor, limit=limit)
+
+    def rank(
+        self,
+        scope: Scope,
+        *,
+        metric: str | None = None,
+        direction: Direction | None = None,
+        per: Grouping | None = None,
+        top: int = 1,
+    ) -> Ranking:
+        """The best by a metric; see `registry.service.Registry.rank`."""
+        return rank(self._session, scope, metric=metric, direction=direction, per=per, top=top)
+
+    def passing(self, scope: Scope) -> list[Checkpoint]:
+        """All of them, by adapter and version.
+
+        Raises:
+            UnknownAdapter: no adapter of this name in these namespaces.
+        """
+        return load(self._session, *scope.conditions(self._session))
 
     def neighbours(self, checkpoint: Checkpoint) -> tuple[str, str]:
         """References of the checkpoints before and after one in its run; empty text where it is the first or the last."""
-        versions = list(
-            self._session.scalars(
-                select(CheckpointRow.version)
-                .join(AdapterRow)
-                .where(is_adapter(checkpoint.adapter), CheckpointRow.run == checkpoint.run)
-                .order_by(CheckpointRow.version)
-            )
+        in_run = (
+            select(CheckpointRow.version)
+            .join(AdapterRow)
+            .where(is_adapter(checkpoint.adapter), CheckpointRow.run == checkpoint.run)
+            .limit(1)
         )
-        before = [version for version in versions if version < checkpoint.version][-1:]
-        after = [version for version in versions if version > checkpoint.version][:1]
-        previous, following = ("".join(f"{checkpoint.adapter}@v{each}" for each in found) for found in (before, after))
+        version = CheckpointRow.version
+        before = self._session.scalar(in_run.where(version < checkpoint.version).order_by(version.desc()))
+        after = self._session.scalar(in_run.where(version > checkpoint.version).order_by(version))
+        previous, following = (f"{checkpoint.adapter}@v{each}" if each else "" for each in (before, after))
         return previous, following
 
     def find(self, adapter: AdapterName, digest: Digest) -> Checkpoint | None:
         """The checkpoint of an adapter with exactly this content, or None."""
         return next(iter(load(self._session, is_adapter(adapter), CheckpointRow.digest == digest.hex)), None)
+
+    def known(self, wanted: Iterable[tuple[AdapterName, Digest]]) -> set[tuple[AdapterName, Digest]]:
+        """Those of some adapters and contents that there is a checkpoint of."""
+        named = set(wanted)
+        found: set[tuple[AdapterName, Digest]] = set()
+        for part in in_parts({digest for _, digest in named}):
+            rows = self._session.execute(
+                select(AdapterRow.namespace, AdapterRow.name, CheckpointRow.digest)
+                .join(AdapterRow, AdapterRow.id == CheckpointRow.adapter_id)
+                .where(CheckpointRow.digest.in_(part))
+            )
+            found |= {(AdapterName(namespace, name), Digest(digest)) for namespace, name, digest in rows}
+        return named & found
 
     def resolve(self, ref: CheckpointRef) -> Checkpoint:
         """The checkpoint that a reference means. Choosing the best is not a matter of look-up: not handled here.
@@ -92,13 +131,13 @@ class Checkpoints:
         if ref.adapter is None:
             return self._by_prefix(ref.digest_prefix)
         adapter_id = self._session.scalar(
-            select(AdapterRow.id).where(is_adapter(ref.adapter), AdapterRow.id.in_(select(CheckpointRow.adapter_id)))
+            select(AdapterRow.id).where(is_adapter(ref.adapter), AdapterRow.checkpoints > 0)
         )
         if adapter_id is None:
-            raise self._unknown(ref.adapter)
+            raise unknown_adapter(self._session, ref.adapter)
         found = self._session.scalar(_selected(ref, adapter_id))
         if found is None:
-            raise UnknownCheckpoint(str(ref), near(str(ref), self._references(ref.adapter)))
+            raise UnknownCheckpoint(str(ref), near(str(ref), self._references(ref.adapter, adapter_id)))
         return load(self._session, CheckpointRow.id == found)[0]
 
     def _by_prefix(self, prefix: str) -> Checkpoint:
@@ -109,17 +148,24 @@ class Checkpoints:
             raise Ambiguous(prefix, [f"{checkpoint.ref} {checkpoint.digest.short}" for checkpoint in found])
         return found[0]
 
-    def _unknown(self, adapter: AdapterName) -> UnknownAdapter:
-        return UnknownAdapter(str(adapter), near(str(adapter), map(str, self.adapters())))
-
-    def _references(self, adapter: AdapterName) -> list[str]:
-        """What could be asked for, the labels first."""
-        checkpoints = load(self._session, is_adapter(adapter))
-        labels = [label for each in checkpoints for label in (*each.aliases, *each.environments)]
-        steps = {f"step:{each.step}" for each in checkpoints if each.step is not None}
-        runs = {f"run:{each.run}" for each in checkpoints}
-        versions = [f"v{each.version}" for each in checkpoints]
-        return [f"{adapter}@{name}" for name in (*labels, *versions, *sorted(steps), *sorted(runs))]
+    def _references(self, adapter: AdapterName, adapter_id: int) -> list[str]:
+        """What could be asked for, the labels first; of an adapter's checkpoints only the newest are looked at."""
+        aliases = self._session.scalars(
+            select(AliasRow.name).where(AliasRow.adapter_id == adapter_id).order_by(AliasRow.name).limit(_SUGGESTED)
+        )
+        environments = self._session.scalars(
+            select(ShipmentRow.environment).where(ShipmentRow.adapter_id == adapter_id).distinct().limit(_SUGGESTED)
+        )
+        newest = self._session.execute(
+            select(CheckpointRow.version, CheckpointRow.step, CheckpointRow.run)
+            .where(CheckpointRow.adapter_id == adapter_id)
+            .order_by(CheckpointRow.version.desc())
+            .limit(_SUGGESTED)
+        ).all()
+        steps = sorted({f"step:{step}" for _, step, _ in newest if step is not None})
+        runs = sorted({f"run:{run}" for _, _, run in newest})
+        versions = [f"v{version}" for version, _, _ in reversed(newest)]
+        return [f"{adapter}@{name}" for name in (*aliases, *sorted(environments), *versions, *steps, *runs)]
 
     def trail(self, checkpoint: Checkpoint) -> list[Checkpoint]:
         """The checkpoints of a run up to one, that one included, by step (those without one last) and version."""
@@ -141,39 +187,18 @@ class Checkpoints:
             UnknownAdapter, UnknownCheckpoint: no such parent.
             NameTaken: the adapter has a checkpoint with this content.
         """
-        base_id = self._session.scalar(select(BaseRow.id).where(BaseRow.weights == checkpoint.base.hex))
-        if base_id is None:
-            raise UnknownBase(str(checkpoint.base))
-        adapter = self._adapter_for(checkpoint)
-        adapter.last_version += 1
-        row = CheckpointRow(
-            adapter_id=adapter.id,
-            version=adapter.last_version,
-            digest=checkpoint.digest.hex,
-            base_id=base_id,
-            arch_version=checkpoint.arch_version,
-            run=checkpoint.run,
-            step=checkpoint.step,
-            source=checkpoint.source,
-            manifest=to_json(checkpoint.manifest),
-            created_at=checkpoint.created_at,
-            author=checkpoint.author,
-        )
-        self._session.add(row)
-        self._session.flush()
-        Blobs(self._session).require(CheckpointBlobRow, row.id, checkpoint.manifest.files)
-        parts = [
-            *(metric_row(row.id, metric, checkpoint.author, checkpoint.created_at) for metric in checkpoint.metrics),
-            *(note_row(row.id, note) for note in checkpoint.notes),
-            *(TagRow(checkpoint_id=row.id, key=key, value=value) for key, value in checkpoint.tags.items()),
-        ]
-        self._session.add_all(parts)
-        if checkpoint.origin is not None:
-            self._add_origin(row.id, checkpoint.origin)
-        return load(self._session, CheckpointRow.id == row.id)[0]
+        return self.add_many([checkpoint])[0]
+
+    def add_many(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+        """Record checkpoints in order, as `add` does, in as many statements as for one."""
+        added = add_rows(self._session, checkpoints)
+        for row_id, checkpoint in added:
+            if checkpoint.origin is not None:
+                self._add_origin(row_id, checkpoint.origin)
+        return [checkpoint for _, checkpoint in added]
 
     def _add_origin(self, row_id: int, origin: Origin) -> None:
-        self._session.add(OriginRow(checkpoint_id=row_id, action=origin.action, detail=to_json(origin.detail)))
+        self._session.add(OriginRow(checkpoint_id=row_id, action=origin.action, detail=plain(origin.detail)))
         for position, name in enumerate(origin.parents):
             parent_id = checkpoint_id(self._session, self.resolve(CheckpointRef.parse(name)))
             self._session.add(ParentRow(checkpoint_id=row_id, position=position, parent_id=parent_id))
@@ -193,16 +218,6 @@ class Checkpoints:
         )
         return [ref(*row) for row in rows]
 
-    def _adapter_for(self, checkpoint: Checkpoint) -> AdapterRow:
-        name = checkpoint.adapter
-        row = self._session.scalar(select(AdapterRow).where(is_adapter(name)))
-        if row is None:
-            created_at = checkpoint.created_at
-            row = AdapterRow(namespace=name.namespace, name=name.name, last_version=0, created_at=created_at)
-            self._session.add(row)
-            self._session.flush()
-        return row
-
     def remove(self, checkpoint: Checkpoint) -> None:
         """Delete a checkpoint with its metrics, notes and tags. Its version is never given again.
 
@@ -210,9 +225,13 @@ class Checkpoints:
             InUse: names every alias, shipment, merged model and checkpoint made of it that needs it.
             UnknownCheckpoint: it is gone already.
         """
-        row_id = checkpoint_id(self._session, checkpoint)
+        row_id, adapter_id = self._place(checkpoint)
         if uses := self._uses(row_id):
             raise InUse(checkpoint.ref, ", ".join(uses))
+        discount_metrics(self._session, adapter_id, MetricRow.checkpoint_id == row_id)
+        self._session.execute(
+            update(AdapterRow).where(AdapterRow.id == adapter_id).values(checkpoints=AdapterRow.checkpoints - 1)
+        )
         self._session.execute(delete(CheckpointRow).where(CheckpointRow.id == row_id))
 
     def _uses(self, row_id: int) -> list[str]:
@@ -242,8 +261,24 @@ class Checkpoints:
         Raises:
             UnknownCheckpoint: removed meanwhile.
         """
-        self._session.add(metric_row(checkpoint_id(self._session, checkpoint), metric, author, at))
+        row_id, adapter_id = self._place(checkpoint)
+        earlier = (MetricRow.checkpoint_id == row_id, MetricRow.name == metric.name)
+        discount_metrics(self._session, adapter_id, *earlier)
+        self._session.execute(update(MetricRow).where(MetricRow.is_current, *earlier).values(is_current=False))
+        self._session.add(MetricRow(**metric_values(row_id, metric, author, at)))
         self._session.flush()
+        count_metrics(self._session, [(adapter_id, [metric])])
+
+    def _place(self, checkpoint: Checkpoint) -> tuple[int, int]:
+        """The ids of a checkpoint's row and of its adapter's."""
+        found = self._session.execute(
+            select(CheckpointRow.id, CheckpointRow.adapter_id)
+            .join(AdapterRow)
+            .where(is_adapter(checkpoint.adapter), CheckpointRow.version == checkpoint.version)
+        ).one_or_none()
+        if found is None:
+            raise UnknownCheckpoint(checkpoint.ref)
+        return found.id, found.adapter_id
 
     def add_note(self, checkpoint: Checkpoint, note: Note) -> None:
         """Add a note after those there are.
@@ -251,7 +286,7 @@ class Checkpoints:
         Raises:
             UnknownCheckpoint: removed meanwhile.
         """
-        self._session.add(note_row(checkpoint_id(self._session, checkpoint), note))
+        self._session.add(NoteRow(**note_values(checkpoint_id(self._session, checkpoint), note)))
         self._session.flush()
 
     def set_tag(self, checkpoint: Checkpoint, key: str, value: str) -> None:
@@ -261,11 +296,8 @@ class Checkpoints:
             UnknownCheckpoint: removed meanwhile.
         """
         row_id = checkpoint_id(self._session, checkpoint)
-        row = self._session.scalar(select(TagRow).where(TagRow.checkpoint_id == row_id, TagRow.key == key))
-        if row is None:
-            self._session.add(TagRow(checkpoint_id=row_id, key=key, value=value))
-        else:
-            row.value = value
+        self._session.execute(delete(TagRow).where(TagRow.checkpoint_id == row_id, TagRow.key == key))
+        self._session.add(TagRow(**tag_values(row_id, key, value)))
         self._session.flush()
 
     def remove_tag(self, checkpoint: Checkpoint, key: str) -> None:

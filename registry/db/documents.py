@@ -1,45 +1,14 @@
-"""The JSON documents inside rows, and back: manifests, recipes, lists of files, the bulk of a base model."""
+"""The bulk of a base model as a JSON document, and back. Other documents inside rows are read by `registry.codec`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from registry.manifest import BaseFile, BaseModel, FileEntry, Format, Manifest, Recipe, RecipeInput, to_json
+from registry.manifest import BaseFile, BaseModel, to_json
 from registry.refs import Digest
 from registry.tensors import DType, StoredTensor, TensorSpec
-
-
-def files_from(documents: Sequence[Mapping[str, Any]]) -> tuple[FileEntry, ...]:
-    """The files that `to_json` wrote down."""
-    return tuple(
-        FileEntry(path=d["path"], size_bytes=d["size_bytes"], digest=Digest.parse(d["digest"]), sha256=d["sha256"])
-        for d in documents
-    )
-
-
-def manifest_from(document: Mapping[str, Any]) -> Manifest:
-    """The manifest that `to_json` wrote down."""
-    parsed = {
-        "format": Format(document["format"]),
-        "targets": tuple(document["targets"]),
-        "files": files_from(document["files"]),
-    }
-    return Manifest(**{**document, **parsed})
-
-
-def recipe_from(document: Mapping[str, Any]) -> Recipe:
-    """The recipe that `to_json` wrote down."""
-    parsed = {
-        "base": Digest.parse(document["base"]),
-        "inputs": tuple(
-            RecipeInput(checkpoint=Digest.parse(item["checkpoint"]), weight=item["weight"])
-            for item in document["inputs"]
-        ),
-        "dtype": document["dtype"] and DType(document["dtype"]),
-    }
-    return Recipe(**{**document, **parsed})
 
 
 def base_document(base: BaseModel) -> dict[str, Any]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
-from sqlalchemy import ColumnElement, and_, select
+from sqlalchemy import ColumnElement, and_, case, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from registry.db.tables import AdapterRow, CheckpointRow
-from registry.errors import UnknownCheckpoint
+from registry.errors import UnknownAdapter, UnknownCheckpoint
 from registry.manifest import Checkpoint
 from registry.refs import AdapterName
 
+MOST_SUGGESTED_FROM = 1000  # so many names are looked at for similar ones
 _DIGEST_PREFIX = re.compile(r"(?:blake3:)?([0-9a-f]{6,64})")
 
 
@@ -36,6 +37,21 @@ def starts_with(column: InstrumentedAttribute[str], prefix: str) -> ColumnElemen
 def is_adapter(name: AdapterName) -> ColumnElement[bool]:
     """The row of an adapter."""
     return and_(AdapterRow.namespace == name.namespace, AdapterRow.name == name.name)
+
+
+def unknown_adapter(session: Session, adapter: AdapterName, namespaces: Sequence[str] = ()) -> UnknownAdapter:
+    """That there is no adapter of a name (in some namespaces), with similar names from among the newest."""
+    statement = select(AdapterRow.namespace, AdapterRow.name).where(AdapterRow.checkpoints > 0)
+    if namespaces:
+        statement = statement.where(AdapterRow.namespace.in_(namespaces))
+    rows = session.execute(statement.order_by(AdapterRow.id.desc()).limit(MOST_SUGGESTED_FROM))
+    return UnknownAdapter(str(adapter), near(str(adapter), (str(AdapterName(*row)) for row in rows)))
+
+
+def adapter_text() -> ColumnElement[str]:
+    """The name of an adapter as people write it."""
+    whole: ColumnElement[str] = AdapterRow.namespace + "/" + AdapterRow.name
+    return case((AdapterRow.namespace == "", AdapterRow.name), else_=whole)
 
 
 def ref(namespace: str, name: str, version: int) -> str:

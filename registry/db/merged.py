@@ -9,9 +9,9 @@ from typing import final
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
+from registry.codec import from_json, plain
 from registry.db.blobs import Blobs
-from registry.db.documents import files_from, recipe_from
-from registry.db.lookup import checkpoint_id, digest_prefix, is_adapter, near, ref, starts_with
+from registry.db.lookup import MOST_SUGGESTED_FROM, checkpoint_id, digest_prefix, is_adapter, near, ref, starts_with
 from registry.db.tables import (
     AdapterRow,
     BaseRow,
@@ -22,7 +22,7 @@ from registry.db.tables import (
     MergedRow,
 )
 from registry.errors import Ambiguous, UnknownBase, UnknownCheckpoint, UnknownMerged
-from registry.manifest import Checkpoint, FileEntry, Merged, to_json
+from registry.manifest import Checkpoint, FileEntry, Merged, Recipe
 from registry.refs import AdapterName, Digest
 
 STORE = ""
@@ -53,7 +53,8 @@ class MergedModels:
         prefix = digest_prefix(text)
         found = self._load(starts_with(MergedRow.digest, prefix)) if prefix else []
         if not found:
-            raise UnknownMerged(text, near(text, self._session.scalars(select(MergedRow.digest))))
+            newest = select(MergedRow.digest).order_by(MergedRow.id.desc()).limit(MOST_SUGGESTED_FROM)
+            raise UnknownMerged(text, near(text, self._session.scalars(newest)))
         if len(digests := {merged.digest for merged in found}) > 1:
             raise Ambiguous(text, [digest.hex for digest in sorted(digests)])
         return found[0]
@@ -82,9 +83,9 @@ class MergedModels:
         row = MergedRow(
             digest=merged.digest.hex,
             recipe_digest=merged.recipe.digest.hex,
-            recipe=to_json(merged.recipe),
+            recipe=plain(merged.recipe),
             base_id=base_id,
-            files=to_json(merged.files),
+            files=plain(merged.files),
             note=merged.note,
             created_at=merged.created_at,
             author=merged.author,
@@ -133,7 +134,7 @@ class MergedModels:
         ).all()
         if not rows:
             return []
-        wanted = [row.id for row, _ in rows]
+        wanted = select(MergedRow.id).where(*conditions)
         inputs, locations = defaultdict[int, list[str]](list), defaultdict[int, list[str]](list)
         for merged_id, namespace, name, version in self._session.execute(
             select(MergedInputRow.merged_id, AdapterRow.namespace, AdapterRow.name, CheckpointRow.version)
@@ -165,10 +166,10 @@ def merged_row_id(session: Session, merged: Merged) -> int:
 def _value(row: MergedRow, base_name: str, checkpoints: tuple[str, ...], locations: tuple[str, ...]) -> Merged:
     return Merged(
         digest=Digest(row.digest),
-        recipe=recipe_from(row.recipe),
+        recipe=from_json(Recipe, row.recipe),
         base_name=base_name,
         checkpoints=checkpoints,
-        files=files_from(row.files),
+        files=from_json(tuple[FileEntry, ...], row.files),
         locations=locations,
         note=row.note,
         created_at=row.created_at,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import io
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -29,7 +30,15 @@ from sqlalchemy import (
     select,
     text,
 )
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, InterfaceError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DataError,
+    DBAPIError,
+    IntegrityError,
+    InterfaceError,
+    OperationalError,
+    StatementError,
+)
 from sqlalchemy.orm import Session
 
 from registry.db.tables import Table
@@ -47,8 +56,11 @@ from registry.errors import (
 from registry.manifest import utc_now
 
 # Revisions are numbers with leading zeros, so that older and newer ones compare as text.
-HEAD_REVISION = "0003"
+HEAD_REVISION = "0005"
 BUSY_TIMEOUT_SECONDS = 30
+LONGEST_PAUSE_SECONDS = 60
+CONNECT_TIMEOUT_SECONDS = 10
+_PASSWORD = re.compile(r":[^/@]*@")
 _WRITERS_LOCK = 0x636B7074  # "ckpt": a key for PostgreSQL's advisory locks
 
 
@@ -65,12 +77,14 @@ def _engine(url: str | URL, *, foreign_keys: bool) -> Engine:
     try:
         parsed = make_url(url)
         if parsed.get_backend_name() != "sqlite":
-            return create_engine(parsed, pool_pre_ping=True)
+            # a database that nobody answers for must not hold up whoever asks for long
+            patience = {} if "connect_timeout" in parsed.query else {"connect_timeout": CONNECT_TIMEOUT_SECONDS}
+            return create_engine(parsed, pool_pre_ping=True, connect_args=patience)
         # isolation_level None: the driver leaves BEGIN to us
         arguments = {"timeout": BUSY_TIMEOUT_SECONDS, "isolation_level": None}
         engine = create_engine(parsed, connect_args=arguments)
     except (ArgumentError, ImportError, ValueError) as error:
-        raise InvalidSetting("database_url", str(url), str(error)) from error
+        raise InvalidSetting("database_url", _PASSWORD.sub(":***@", str(url)), str(error)) from error
 
     @event.listens_for(engine, "connect")
     def _set_up(connection: sqlite3.Connection, _record: object) -> None:
@@ -94,8 +108,15 @@ def reading(engine: Engine) -> Iterator[Session]:
     Raises:
         StorageFailed, CorruptFile, Conflict: the database cannot be read, is none, or stays locked.
     """
-    with _translated(engine), Session(engine) as session:
+    with _translated(engine), Session(_of_one_state(engine)) as session:
         yield session
+
+
+def _of_one_state(engine: Engine) -> Engine:
+    """SQLite's transactions see one state anyway."""
+    if engine.dialect.name != "postgresql":
+        return engine
+    return engine.execution_options(isolation_level="REPEATABLE READ")
 
 
 @contextmanager
@@ -113,7 +134,10 @@ def writing(engine: Engine) -> Iterator[Session]:
 
 def _wait_for_writers(connection: Connection) -> None:
     if connection.dialect.name == "postgresql":
-        connection.execute(select(func.pg_advisory_xact_lock(_WRITERS_LOCK)))
+        patience = func.set_config("lock_timeout", f"{BUSY_TIMEOUT_SECONDS}s", True)
+        # A writer that was stopped, or whose machine has gone, must not keep the others waiting for ever.
+        pause = func.set_config("idle_in_transaction_session_timeout", f"{LONGEST_PAUSE_SECONDS}s", True)
+        connection.execute(select(patience, pause, func.pg_advisory_xact_lock(_WRITERS_LOCK)))  # from left to right
 
 
 def prepare(url: str, backups: Path) -> Engine:
@@ -154,10 +178,57 @@ def upgrade(url: str, backups: Path) -> None:
         with _translated(engine):
             if engine.dialect.name == "sqlite":
                 _prepare_sqlite(engine, backups)
-            elif _found_revision(engine) < HEAD_REVISION:
-                _migrate(engine.url)
+            else:
+                if _found_revision(engine) < HEAD_REVISION:
+                    _migrate(engine.url)
+                _add_jobs_schema(engine.url)
     finally:
         engine.dispose()
+
+
+def found_revision(url: str) -> str:
+    """Revision of a database's tables, even where it is newer than this package's; empty text for an empty or missing database.
+
+    Raises:
+        DatabaseVersion: it holds tables of something else.
+        InvalidSetting, StorageFailed, CorruptFile: as `open_engine` and `reading`.
+    """
+    engine = open_engine(url)
+    try:
+        if engine.dialect.name == "sqlite" and not Path(engine.url.database or "").exists():
+            return ""
+        with _translated(engine):
+            return _revision(engine)
+    finally:
+        engine.dispose()
+
+
+def check_revision(url: str) -> None:
+    """See that a database's tables are those of this package.
+
+    Raises:
+        DatabaseVersion: they are older, newer, or not its own.
+        InvalidSetting, StorageFailed, CorruptFile: as `open_engine` and `reading`.
+    """
+    if (found := found_revision(url)) < HEAD_REVISION:
+        raise DatabaseVersion("database", f"{_older(found)}: run `ckpt db upgrade`")
+    if found > HEAD_REVISION:
+        raise DatabaseVersion("database", _newer(found))
+
+
+def _older(revision: str) -> str:
+    return f"revision {revision} is older than this package" if revision else "has no tables yet"
+
+
+def _newer(revision: str) -> str:
+    return f"revision {revision} is newer than this package: upgrade ckpt-registry"
+
+
+def _add_jobs_schema(url: URL) -> None:
+    """The job engine keeps its tables in a schema of its own and brings them up to date itself."""
+    from registry.db import jobs_schema  # noqa: PLC0415 - needs a package that SQLite does without
+
+    jobs_schema.apply(url.set(drivername="postgresql").render_as_string(hide_password=False))
 
 
 def back_up(database: Path, backups: Path, revision: str, at: datetime) -> Path:
@@ -215,6 +286,13 @@ def _found_revision(engine: Engine) -> str:
     Raises:
         DatabaseVersion: newer than this package, or not its tables at all.
     """
+    found = _revision(engine)
+    if found > HEAD_REVISION:
+        raise DatabaseVersion("database", _newer(found))
+    return found
+
+
+def _revision(engine: Engine) -> str:
     with engine.connect() as connection:
         tables = inspect(connection).get_table_names()
         if "alembic_version" not in tables:
@@ -222,8 +300,6 @@ def _found_revision(engine: Engine) -> str:
                 raise DatabaseVersion("database", "holds tables of something else: not a database of this package")
             return ""
         found: str = connection.execute(text("SELECT version_num FROM alembic_version")).scalar() or ""
-    if found > HEAD_REVISION:
-        raise DatabaseVersion("database", f"revision {found} is newer than this package: upgrade ckpt-registry")
     return found
 
 
@@ -270,6 +346,11 @@ def _translated(engine: Engine) -> Iterator[None]:
         if translated is None:
             raise
         raise translated from error
+    except StatementError as error:
+        # what a column's type refuses to hold
+        if isinstance(error.orig, RegistryError):
+            raise error.orig from None
+        raise
 
 
 _UNIQUE_COLUMNS = {
@@ -284,7 +365,7 @@ def _broken_rule(error: IntegrityError) -> RegistryError:
     """The error for a broken constraint, by its name. SQLite tells the columns of unique ones, and nothing of foreign keys."""
     diagnosis = getattr(error.orig, "diag", None)
     detail = str(error.orig).rpartition("failed: ")[2]
-    name = diagnosis.constraint_name if diagnosis else _UNIQUE_COLUMNS.get(detail, detail)
+    name = str(diagnosis.constraint_name or error.orig) if diagnosis else _UNIQUE_COLUMNS.get(detail, detail)
     if name.startswith("uq_"):
         return NameTaken(name.removeprefix("uq_"), "there is one already")
     if name.startswith("ck_"):
@@ -294,11 +375,23 @@ def _broken_rule(error: IntegrityError) -> RegistryError:
     return Conflict("database", name)
 
 
+# Of PostgreSQL: waited too long for a lock, a deadlock, a change that another one came before
+_CONTENTION = frozenset({"55P03", "40P01", "40001"})
+_PAUSED = "25P03"
+
+
 def _failure(error: DBAPIError, where: str) -> RegistryError | None:
     reason = str(error.orig)
     kind = getattr(error.orig, "sqlite_errorname", "")
-    if kind.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+    if isinstance(error, DataError):
+        return InvalidInput("value", "", reason.partition("\n")[0])
+    if kind.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")) or getattr(error.orig, "sqlstate", "") in _CONTENTION:
         return Conflict("database", f"locked by another process for {BUSY_TIMEOUT_SECONDS} seconds")
+    if getattr(error.orig, "sqlstate", "") == _PAUSED:
+        return Conflict(
+            "database",
+            f"this process stood still for {LONGEST_PAUSE_SECONDS} seconds while others waited; nothing was changed",
+        )
     if kind.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
         return CorruptFile(where, reason)
     if kind.startswith(("SQLITE_READONLY", "SQLITE_FULL", "SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_PERM")):

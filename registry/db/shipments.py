@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import final
+from typing import Any, final
 
-from sqlalchemy import select
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, Select, exists, select
+from sqlalchemy.orm import Session, aliased
 
-from registry.db.lookup import checkpoint_id, near, ref
+from registry.db.lookup import checkpoint_id, is_adapter, ref
 from registry.db.merged import merged_row_id
 from registry.db.tables import AdapterRow, BaseRow, CheckpointRow, MergedRow, ShipmentRow
 from registry.errors import Conflict, UnknownEnvironment
@@ -27,48 +27,62 @@ class Shipments:
         """Every environment that something was shipped to, by name."""
         return sorted(self._session.scalars(select(ShipmentRow.environment).distinct()))
 
+    def require(self, environment: str) -> None:
+        """See that something was shipped to an environment.
+
+        Raises:
+            UnknownEnvironment: nothing ever was; carries those that there are.
+        """
+        if not self._session.scalar(select(exists().where(ShipmentRow.environment == environment))):
+            raise UnknownEnvironment(environment, tuple(self.environments()))
+
     def all(self, environment: str | None = None) -> list[Shipment]:
         """Every shipment (to one environment), with `until` filled in."""
-        statement = (
-            select(ShipmentRow, AdapterRow, CheckpointRow.version, CheckpointRow.digest, BaseRow, MergedRow.digest)
+        return self._load(*_to(environment))
+
+    def of(self, checkpoint: Checkpoint) -> list[Shipment]:
+        """Those of a checkpoint."""
+        return self._load(ShipmentRow.checkpoint_id == checkpoint_id(self._session, checkpoint))
+
+    def live(self, environment: str | None = None, at: datetime | None = None) -> list[Shipment]:
+        """What is live, or was at a time: the last shipment of each environment and adapter until then."""
+        later = aliased(ShipmentRow)
+        until_then = [] if at is None else [ShipmentRow.shipped_at <= at]
+        later_until_then = [] if at is None else [later.shipped_at <= at]
+        last = ~exists().where(*_after(later), *later_until_then).correlate(ShipmentRow)
+        found = self._load(*_to(environment), *until_then, last)
+        return sorted(found, key=lambda shipment: (shipment.environment, _adapter(shipment)))
+
+    def _load(self, *conditions: ColumnElement[bool]) -> list[Shipment]:
+        later = aliased(ShipmentRow)
+        until = (
+            select(later.shipped_at)
+            .where(*_after(later))
+            .order_by(later.id)
+            .limit(1)
+            .correlate(ShipmentRow)
+            .scalar_subquery()
+        )
+        rows = self._session.execute(
+            select(
+                ShipmentRow,
+                AdapterRow.namespace,
+                AdapterRow.name.label("adapter"),
+                CheckpointRow.version,
+                CheckpointRow.digest,
+                BaseRow.weights.label("base"),
+                BaseRow.name.label("base_name"),
+                MergedRow.digest.label("merged"),
+                until.label("until"),
+            )
             .join_from(ShipmentRow, CheckpointRow)
             .join(AdapterRow)
             .join(BaseRow, CheckpointRow.base_id == BaseRow.id)
             .outerjoin(MergedRow, ShipmentRow.merged_id == MergedRow.id)
-            .order_by(ShipmentRow.id.desc())
+            .where(*conditions)
+            .order_by(ShipmentRow.id)
         )
-        if environment is not None:
-            statement = statement.where(ShipmentRow.environment == environment)
-        found: list[Shipment] = []
-        until: dict[tuple[str, int], datetime] = {}
-        for row, adapter, version, digest, base, merged in self._session.execute(statement):
-            found.append(
-                Shipment(
-                    number=row.id,
-                    environment=row.environment,
-                    checkpoint=ref(adapter.namespace, adapter.name, version),
-                    checkpoint_digest=Digest(digest),
-                    merged=Digest(merged) if merged else None,
-                    base=Digest(base.weights),
-                    base_name=base.name,
-                    note=row.note,
-                    author=row.author,
-                    shipped_at=row.shipped_at,
-                    restores=row.restores,
-                    until=until.get((row.environment, adapter.id)),
-                )
-            )
-            until[row.environment, adapter.id] = row.shipped_at
-        return found[::-1]
-
-    def live(self, environment: str | None = None, at: datetime | None = None) -> list[Shipment]:
-        """What is live, or was at a time: the last shipment of each environment and adapter until then."""
-        last = {
-            (shipment.environment, _adapter(shipment)): shipment
-            for shipment in self.all(environment)
-            if at is None or shipment.shipped_at <= at
-        }
-        return [last[key] for key in sorted(last)]
+        return [_value(row) for row in rows]
 
     def add(
         self,
@@ -96,11 +110,13 @@ class Shipments:
             UnknownCheckpoint, UnknownMerged: not recorded.
             Conflict: `restores` is no shipment of this adapter to this environment.
         """
-        if restores is not None and restores not in self._of(environment, checkpoint.adapter):
-            raise Conflict(f"shipment {restores}", f"not one of {checkpoint.adapter} to {environment}")
+        if restores is not None:
+            self._numbered(environment, checkpoint.adapter, restores)
+        row_id = checkpoint_id(self._session, checkpoint)
         row = ShipmentRow(
             environment=environment,
-            checkpoint_id=checkpoint_id(self._session, checkpoint),
+            adapter_id=select(CheckpointRow.adapter_id).where(CheckpointRow.id == row_id).scalar_subquery(),
+            checkpoint_id=row_id,
             merged_id=merged and merged_row_id(self._session, merged),
             note=note,
             author=author,
@@ -109,7 +125,7 @@ class Shipments:
         )
         self._session.add(row)
         self._session.flush()
-        return next(shipment for shipment in self.all(environment) if shipment.number == row.id)
+        return self._load(ShipmentRow.id == row.id)[0]
 
     def rollback_target(self, environment: str, adapter: AdapterName) -> tuple[Shipment, Shipment]:
         """What is live, and what was live before it first went live.
@@ -121,23 +137,68 @@ class Shipments:
             UnknownEnvironment: nothing was ever shipped there.
             Conflict: nothing of this adapter was live before.
         """
-        environments = self.environments()
-        if environment not in environments:
-            raise UnknownEnvironment(environment, near(environment, environments))
-        numbered = self._of(environment, adapter)
-
-        def original(shipment: Shipment) -> Shipment:
-            return shipment if shipment.restores is None else original(numbered[shipment.restores])
-
-        current = next(reversed(numbered.values()), None)
-        earlier = [number for number in numbered if current and number < original(current).number]
-        if current is None or not earlier:
+        self.require(environment)
+        of_line = self._line(environment, adapter)
+        current = self._session.scalar(of_line)
+        earlier = current and self._session.scalar(of_line.where(ShipmentRow.id < self._original(current).id))
+        if current is None or earlier is None:
             raise Conflict(f"{adapter} in {environment}", "nothing was live there before")
-        return current, original(numbered[earlier[-1]])
+        (shown,), (target,) = (self._load(ShipmentRow.id == row.id) for row in (current, self._original(earlier)))
+        return shown, target
 
-    def _of(self, environment: str, adapter: AdapterName) -> dict[int, Shipment]:
-        """The shipments of an adapter to an environment by their numbers, oldest first."""
-        return {each.number: each for each in self.all(environment) if _adapter(each) == str(adapter)}
+    def _original(self, row: ShipmentRow) -> ShipmentRow:
+        """The shipment that a rollback brought back, or one that was none itself."""
+        while row.restores is not None:
+            row = self._session.scalars(select(ShipmentRow).where(ShipmentRow.id == row.restores)).one()
+        return row
+
+    def _numbered(self, environment: str, adapter: AdapterName, number: int) -> ShipmentRow:
+        found = self._session.scalar(self._line(environment, adapter).where(ShipmentRow.id == number))
+        if found is None:
+            raise Conflict(f"shipment {number}", f"not one of {adapter} to {environment}")
+        return found
+
+    @staticmethod
+    def _line(environment: str, adapter: AdapterName) -> Select[ShipmentRow]:
+        """The last shipment of an adapter to an environment."""
+        adapter_id = select(AdapterRow.id).where(is_adapter(adapter)).scalar_subquery()
+        return (
+            select(ShipmentRow)
+            .where(ShipmentRow.environment == environment, ShipmentRow.adapter_id == adapter_id)
+            .order_by(ShipmentRow.id.desc())
+            .limit(1)
+        )
+
+
+def _to(environment: str | None) -> list[ColumnElement[bool]]:
+    return [] if environment is None else [ShipmentRow.environment == environment]
+
+
+def _after(later: type[ShipmentRow]) -> tuple[ColumnElement[bool], ...]:
+    """That a shipment took over from the one around."""
+    return (
+        later.environment == ShipmentRow.environment,
+        later.adapter_id == ShipmentRow.adapter_id,
+        later.id > ShipmentRow.id,
+    )
+
+
+def _value(found: Any) -> Shipment:
+    row: ShipmentRow = found.ShipmentRow
+    return Shipment(
+        number=row.id,
+        environment=row.environment,
+        checkpoint=ref(found.namespace, found.adapter, found.version),
+        checkpoint_digest=Digest(found.digest),
+        merged=Digest(found.merged) if found.merged else None,
+        base=Digest(found.base),
+        base_name=found.base_name,
+        note=row.note,
+        author=row.author,
+        shipped_at=row.shipped_at,
+        restores=row.restores,
+        until=found.until,
+    )
 
 
 def _adapter(shipment: Shipment) -> str:

@@ -1,12 +1,17 @@
 """The tables, typed. Private to `registry.db`: everybody else sees the values of `registry.manifest`.
 
 Every rule that a database can hold is a named constraint, so that the violation of one can be told from another's. Digests are 64 hex
-digits. Lengths are in characters; they are checked by constraints because SQLite ignores those of column types.
+digits. Lengths are in characters; they are checked by constraints because SQLite ignores those of column types. Text is compared and
+sorted by its code points everywhere, as Python does it, whatever the language of the database.
+
+Some columns repeat what lies elsewhere, so that a million checkpoints can be listed from indexes: those of `checkpoints` that come from
+the manifest, `metrics.is_current`, `tags.number` and `beginning`, `shipments.adapter_id`, `events.about`, `adapters.checkpoints` and all
+of `adapter_metrics`.
 """
 
 import math
 from datetime import UTC, datetime
-from typing import Annotated, Any, final
+from typing import Annotated, Any, ClassVar, cast, final
 
 from sqlalchemy import (
     JSON,
@@ -20,14 +25,19 @@ from sqlalchemy import (
     String,
     TypeDecorator,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import TypeEngine
+
+from registry.errors import InvalidInput
 
 NAME_LENGTH = 96
 LINE_LENGTH = 400
 URL_LENGTH = 4096
 TEXT_LENGTH = 20_000
+BEGINNING_LENGTH = 96
 
 
 @final
@@ -61,8 +71,26 @@ class Measured(TypeDecorator[float]):
         return math.nan if value is None else value
 
 
+@final
+class PlainText(TypeDecorator[str]):
+    """Text by code points. Refuses NUL, which PostgreSQL cannot hold."""
+
+    impl = String
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[str]:
+        collation = "C" if dialect.name == "postgresql" else None
+        length = cast("String", self.impl_instance).length
+        return dialect.type_descriptor(String(length, collation=collation))
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        if value is not None and "\0" in value:
+            raise InvalidInput("text", ascii(value)[:80], "text cannot have NUL characters")
+        return value
+
+
 Id = Annotated[int, mapped_column(primary_key=True)]
-Hex = Annotated[str, mapped_column(String(64))]
+Hex = Annotated[str, mapped_column(PlainText(64))]
 Count = Annotated[int, mapped_column(BigInteger)]
 Time = Annotated[datetime, mapped_column(UtcTime)]
 Document = Annotated[Any, mapped_column(JSON(none_as_null=True))]
@@ -93,6 +121,7 @@ def _not_negative(*columns: str) -> tuple[CheckConstraint, ...]:
 class Table(DeclarativeBase):
     """Root of all tables; holds their metadata."""
 
+    type_annotation_map: ClassVar = {str: PlainText()}
     metadata = MetaData(
         naming_convention={
             "pk": "pk_%(table_name)s",
@@ -104,9 +133,12 @@ class Table(DeclarativeBase):
     )
 
 
+_CURRENT: Any = {"sqlite_where": text("is_current = 1"), "postgresql_where": text("is_current")}
+
+
 @final
 class AdapterRow(Table):
-    """An adapter. `last_version` outlives the checkpoint that had it, so that no version is ever given twice."""
+    """An adapter. `last_version` outlives the checkpoint that had it, so that no version is ever given twice; `checkpoints` counts them."""
 
     __tablename__ = "adapters"
     __table_args__ = (
@@ -120,6 +152,7 @@ class AdapterRow(Table):
     name: Mapped[str]
     last_version: Mapped[int]
     created_at: Mapped[Time]
+    checkpoints: Mapped[int]
 
 
 @final
@@ -167,7 +200,10 @@ class CheckpointRow(Table):
         *_not_negative("step"),
         Index(None, "digest"),
         Index(None, "adapter_id", "step"),
+        Index(None, "adapter_id", "run", "version"),
         Index(None, "base_id"),
+        Index(None, "run"),
+        Index(None, "created_at"),
     )
 
     id: Mapped[Id]
@@ -182,11 +218,18 @@ class CheckpointRow(Table):
     manifest: Mapped[Document]
     created_at: Mapped[Time]
     author: Mapped[str]
+    method: Mapped[str]
+    format: Mapped[str]
+    dtype: Mapped[str]
+    rank: Mapped[Count | None]
+    alpha: Mapped[float | None] = mapped_column(Double)
+    parameters: Mapped[Count]
+    size_bytes: Mapped[Count]
 
 
 @final
 class MetricRow(Table):
-    """A number measured on a checkpoint. Append-only: of one name the last counts."""
+    """A number measured on a checkpoint. Append-only: of one name the last counts, which is the current one."""
 
     __tablename__ = "metrics"
     __table_args__ = (
@@ -194,6 +237,8 @@ class MetricRow(Table):
         *_at_most(LINE_LENGTH, "name", "split", "author"),
         *_not_negative("step"),
         Index(None, "checkpoint_id"),
+        Index(None, "checkpoint_id", "name", unique=True, **_CURRENT),
+        Index(None, "name", "value", "checkpoint_id", **_CURRENT),
     )
 
     id: Mapped[Id]
@@ -205,6 +250,27 @@ class MetricRow(Table):
     direction: Mapped[str | None]
     recorded_at: Mapped[Time]
     author: Mapped[str]
+    is_current: Mapped[bool]
+
+
+@final
+class AdapterMetricRow(Table):
+    """How many checkpoints of an adapter have a current metric of a name, split and declared direction (empty for none)."""
+
+    __tablename__ = "adapter_metrics"
+    __table_args__ = (
+        CheckConstraint("direction IN ('', 'lower', 'higher')", "direction_known"),
+        *_at_most(LINE_LENGTH, "name", "split"),
+        *_not_negative("checkpoints", "finite"),
+        Index(None, "name"),
+    )
+
+    adapter_id: Mapped[int] = mapped_column(_part_of("adapters.id"), primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    split: Mapped[str] = mapped_column(primary_key=True)
+    direction: Mapped[str] = mapped_column(primary_key=True)
+    checkpoints: Mapped[int]
+    finite: Mapped[int]
 
 
 @final
@@ -227,19 +293,23 @@ class NoteRow(Table):
 
 @final
 class TagRow(Table):
-    """A key with a value, on a checkpoint."""
+    """A key with a value, on a checkpoint. `beginning` is what an index can hold of the value; `number` the number that it is, if it is one."""
 
     __tablename__ = "tags"
     __table_args__ = (
         UniqueConstraint("checkpoint_id", "key"),
         *_at_most(NAME_LENGTH, "key"),
         *_at_most(TEXT_LENGTH, "value"),
+        Index(None, "key", "beginning", "checkpoint_id"),
+        Index(None, "key", "number", "checkpoint_id"),
     )
 
     id: Mapped[Id]
     checkpoint_id: Mapped[int] = mapped_column(_part_of("checkpoints.id"))
     key: Mapped[str]
     value: Mapped[str]
+    beginning: Mapped[str]
+    number: Mapped[float | None] = mapped_column(Double)
 
 
 @final
@@ -394,12 +464,14 @@ class ShipmentRow(Table):
         *_at_most(TEXT_LENGTH, "note"),
         *_at_most(LINE_LENGTH, "author"),
         Index(None, "environment"),
+        Index(None, "environment", "adapter_id", "id"),
         Index(None, "checkpoint_id"),
         Index(None, "merged_id"),
     )
 
     id: Mapped[Id]
     environment: Mapped[str]
+    adapter_id: Mapped[int]
     checkpoint_id: Mapped[int] = mapped_column(_keep("checkpoints.id"))
     merged_id: Mapped[int | None] = mapped_column(_keep("merged.id"))
     note: Mapped[str]
@@ -410,7 +482,7 @@ class ShipmentRow(Table):
 
 @final
 class EventRow(Table):
-    """One line of the history. Append-only; see `registry.db.audit` for the hashes."""
+    """One line of the history. Append-only; see `registry.db.audit` for the hashes. `about` is the subject up to its `@`."""
 
     __tablename__ = "events"
     __table_args__ = (
@@ -420,6 +492,7 @@ class EventRow(Table):
         *_at_most(NAME_LENGTH, "action"),
         *_at_most(LINE_LENGTH, "author"),
         *_at_most(URL_LENGTH, "subject"),
+        Index(None, "about", "number"),
     )
 
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
@@ -427,6 +500,7 @@ class EventRow(Table):
     author: Mapped[str]
     action: Mapped[str]
     subject: Mapped[str]
+    about: Mapped[str]
     detail: Mapped[Document]
     previous_hash: Mapped[Hex]
     hash: Mapped[Hex]
@@ -606,6 +680,7 @@ class DeliveryRow(Table):
         *_at_most(TEXT_LENGTH, "error"),
         *_not_negative("attempts"),
         Index(None, "webhook_id"),
+        Index(None, "state"),
     )
 
     id: Mapped[Id]

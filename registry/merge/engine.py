@@ -23,6 +23,7 @@ from typing import final
 from registry.changes import Change
 from registry.errors import BaseChanged, NotFinite, NothingMerged
 from registry.fingerprint import tensor_hasher
+from registry.locations import OfObjects, Origin, StoredObject
 from registry.manifest import FileEntry, TensorRecord
 from registry.merge.blocks import Block, ComputedTensor, Sources
 from registry.merge.journal import Journal
@@ -36,6 +37,7 @@ from registry.tensors import StoredTensor
 from registry.torchzip import Descriptor, Directory, Literal
 
 Advance = Callable[[int], None]
+Provenance = Callable[[Sequence[FileEntry], Sequence[TensorRecord]], tuple[str, bytes]]
 _SIGNIFICANT_DIGITS = 6
 # Pieces under way besides those in work: enough to keep all threads busy while one waits for its turn.
 _AHEAD = 2
@@ -57,7 +59,7 @@ def execute(
     sink: Sink,
     journal: Journal,
     *,
-    provenance: Callable[[Sequence[FileEntry], Sequence[TensorRecord]], tuple[str, bytes]],
+    provenance: Provenance,
     advance: Advance = lambda done_bytes: None,
     threads: int | None = None,
 ) -> Outcome:
@@ -88,11 +90,78 @@ def execute(
         sink.discard()
         journal.finish()
         raise
-    entries.extend(_write_small(sink, sidecar.path, _sidecar_data(sidecar, sources)) for sidecar in plan.sidecars)
+    return finish(plan, sources, sink, entries, records, provenance=provenance)
+
+
+def finish(
+    plan: Plan,
+    sources: Sources,
+    sink: Sink,
+    written: Sequence[FileEntry],
+    records: Sequence[TensorRecord],
+    *,
+    provenance: Provenance,
+) -> Outcome:
+    """Write what belongs to a model besides its weights, which are written, and publish it.
+
+    Raises:
+        StorageFailed: the sink does not take the bytes.
+    """
+    entries = [
+        *written,
+        *(_write_small(sink, sidecar.path, _sidecar_data(sidecar, sources)) for sidecar in plan.sidecars),
+    ]
     path, data = provenance(entries, records)
     entries.append(_write_small(sink, path, data))
     sink.publish()
     return Outcome(files=tuple(entries), records=tuple(records))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileOutcome:
+    """A weights file that was written by itself. `largest_delta` is the largest change of one element in it."""
+
+    entry: FileEntry
+    records: tuple[TensorRecord, ...]
+    largest_delta: float
+
+
+def execute_file(
+    plan: Plan,
+    path: str,
+    sources: Sources,
+    sink: Sink,
+    *,
+    advance: Advance = lambda done_bytes: None,
+    threads: int | None = None,
+) -> FileOutcome:
+    """Write one weights file of a plan, as `execute` does: for processes that share the files of a model. Nothing is published.
+
+    Args:
+        path: which file.
+        plan, sources, sink, advance, threads: as for `execute`. What `advance` raises stops the file.
+
+    Raises:
+        BaseChanged, NotFinite, StorageFailed: as `execute`.
+    """
+    file = next(each for each in plan.files if each.path == path)
+    with (
+        _torch_in_one_thread() if plan.needs_torch else nullcontext(),
+        _Pieces(sources, 1, threads or os.cpu_count() or 1) as pieces,
+    ):
+        writing = _FileWriting(file, plan, pieces, advance)
+        entry, records = writing.run(sink)
+    return FileOutcome(entry=entry, records=records, largest_delta=writing.largest_delta)
+
+
+def check_merged(plan: Plan, records: Iterable[TensorRecord], largest_delta: float) -> None:
+    """See that a merge changed anything at all.
+
+    Raises:
+        NothingMerged: no element differs from the base's.
+    """
+    if not any(record.changed for record in records if record.action != "converted"):
+        raise NothingMerged(plan.base.name, largest_delta)
 
 
 def _torch_in_one_thread() -> AbstractContextManager[None]:
@@ -131,8 +200,7 @@ class _Weights:
                     raise
         found = [written[file.path] for file in self._plan.files]
         records = [record for _, of_file in found for record in of_file]
-        if not any(record.changed for record in records if record.action != "converted"):
-            raise NothingMerged(self._plan.base.name, self._largest_delta)
+        check_merged(self._plan, records, self._largest_delta)
         return [entry for entry, _ in found], records
 
     def _kept(self, file: OutputFile) -> _Written | None:
@@ -198,6 +266,15 @@ class _Pieces:
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
+
+    def objects(self, file: OutputFile) -> dict[str, StoredObject]:
+        """What a file is copied from, by the base's path, where an S3 store has it. To be asked for before the first piece is read: what is
+        copied later must still be what was read."""
+        base = self._sources.base
+        if not isinstance(base, OfObjects):
+            return {}
+        paths = {segment.tensor.file for segment in file.segments if isinstance(segment, Copy) and segment.size_bytes}
+        return {path: found for path in sorted(paths) if (found := base.stored_object(path)) is not None}
 
     def finish_file(self) -> None:
         """One file fewer is to be written."""
@@ -305,8 +382,10 @@ class _FileWriting:
     checksums: dict[str, int] = field(default_factory=dict)
     records: list[TensorRecord] = field(default_factory=list)
     largest_delta: float = 0.0
+    objects: dict[str, StoredObject] = field(default_factory=dict)
 
     def run(self, sink: Sink) -> tuple[FileEntry, tuple[TensorRecord, ...]]:
+        self.objects = self.pieces.objects(self.file)
         with (
             _cancelling(sink.create(self.file.path, self.file.size_bytes)) as writer,
             closing(self.pieces.of(self.file.segments)) as stream,
@@ -333,12 +412,13 @@ class _FileWriting:
     def _tensor(self, segment: Copy | Compute, pieces: Iterator[Block], writer: SinkWriter) -> None:
         source = segment.tensor if isinstance(segment, Copy) else segment.change.source
         hasher = None if source is None else tensor_hasher(source.spec)
-        checksum, total, was_read = 0, NOTHING, False
+        checksum, total, was_read, origin = 0, NOTHING, False, self._origin(segment)
         for piece in pieces:
             if piece.base is not None and hasher is not None:
                 hasher.update(piece.base)
                 was_read = True
-            writer.write(piece.data)
+            writer.write(piece.data, origin)
+            origin = origin and origin.after(len(piece.data))
             if self.file.layout is not None:
                 checksum = zlib.crc32(piece.data, checksum)
             total += piece.record
@@ -348,6 +428,11 @@ class _FileWriting:
         if isinstance(segment, Compute):
             self._record(segment.change, total)
         self.checksums[segment.target.name] = checksum
+
+    def _origin(self, segment: Copy | Compute) -> Origin | None:
+        if not isinstance(segment, Copy) or segment.tensor.file not in self.objects:
+            return None
+        return Origin(self.objects[segment.tensor.file], segment.tensor.offset_bytes)
 
     def _check_base(self, source: StoredTensor, found: Digest) -> None:
         expected = self.plan.base.fingerprint.tensors[source.spec.name]

@@ -17,10 +17,11 @@ from blake3 import blake3
 
 from registry.disk import DurableFile, Translating, sync_folder
 from registry.errors import Conflict, DamagedBlob, StorageFailed
-from registry.locations import local_folder, open_filesystem
+from registry.locations import Origin, local_folder, open_filesystem
 from registry.manifest import FileEntry
+from registry.objects import Upload
 from registry.refs import Digest
-from registry.store import Store
+from registry.store import Store, remote_files
 
 BLOCK_BYTES = 4 << 20
 
@@ -28,8 +29,8 @@ BLOCK_BYTES = 4 << 20
 class SinkWriter(Protocol):
     """One file being written."""
 
-    def write(self, data: bytes | memoryview) -> None:
-        """Append. A memory view may be reused afterwards."""
+    def write(self, data: bytes | memoryview, origin: Origin | None = None) -> None:
+        """Append. A memory view may be reused afterwards. `origin`: where an S3 store has the same bytes, if it does."""
 
     def commit(self) -> FileEntry:
         """The file is complete; make it durable."""
@@ -95,8 +96,7 @@ class StoreSink:
         return False
 
     def create(self, path: str, size_bytes: int) -> SinkWriter:
-        del size_bytes
-        return _StoreWriter(self._store, path)
+        return _StoreWriter(self._store, path, size_bytes)
 
     def publish(self) -> None:
         """Blobs are published when the registry records them."""
@@ -107,11 +107,11 @@ class StoreSink:
 
 @final
 class _StoreWriter:
-    def __init__(self, store: Store, path: str) -> None:
-        self._path, self._writer = path, store.create()
+    def __init__(self, store: Store, path: str, size_bytes: int) -> None:
+        self._path, self._writer = path, store.create(size_bytes=size_bytes)
 
-    def write(self, data: bytes | memoryview) -> None:
-        self._writer.write(data)
+    def write(self, data: bytes | memoryview, origin: Origin | None = None) -> None:
+        self._writer.write(data, origin)
 
     def commit(self) -> FileEntry:
         blob = self._writer.commit()
@@ -185,7 +185,8 @@ class _FolderWriter:
             target.parent.mkdir(parents=True, exist_ok=True)
             self._file: DurableFile | None = DurableFile(target)
 
-    def write(self, data: bytes | memoryview) -> None:
+    def write(self, data: bytes | memoryview, origin: Origin | None = None) -> None:
+        del origin
         view = memoryview(data).cast("B")
         with Translating(self._url):
             cast("DurableFile", self._file).write(view)
@@ -214,6 +215,7 @@ class RemoteSink:
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
         self._system, self._root = open_filesystem(self._url)
+        self._place = remote_files(self._url)
         self._files: set[str] = set()
 
     @property
@@ -223,12 +225,14 @@ class RemoteSink:
     def prepare(self, size_bytes: int) -> None:
         del size_bytes  # object stores do not say how much room they have
         with Translating(self._url):
+            self._system.invalidate_cache()  # what was there when this process last looked does not count
             if self._system.exists(f"{self._root}/merge.json"):
                 raise Conflict(self._url, "a merged model is there already")
 
     def holds(self, entry: FileEntry) -> bool:
         path = f"{self._root}/{entry.path}"
         with Translating(self._url), suppress(FileNotFoundError):
+            self._system.invalidate_cache()
             if int(self._system.info(path)["size"]) == entry.size_bytes:
                 with self._system.open(path, "rb", block_size=4 * BLOCK_BYTES) as file:
                     if digest_of_stream(file) == entry.digest:
@@ -237,9 +241,9 @@ class RemoteSink:
         return False
 
     def create(self, path: str, size_bytes: int) -> SinkWriter:
-        del size_bytes
         self._files.add(f"{self._root}/{path}")
-        return _RemoteWriter(self._system, f"{self._root}/{path}", path)
+        with Translating(self._url):
+            return _RemoteWriter(self._place.replace(path, size_bytes), path, self._url)
 
     def publish(self) -> None:
         """`merge.json`, the last file, has done it."""
@@ -252,31 +256,25 @@ class RemoteSink:
 
 @final
 class _RemoteWriter:
-    def __init__(self, system: Any, target: str, path: str) -> None:
-        self._system, self._target, self._path = system, target, path
-        self._hasher, self._size, self._is_open = blake3(), 0, True
-        with Translating(target):
-            system.makedirs(target.rpartition("/")[0], exist_ok=True)
-            self._file = system.open(target, "wb", block_size=4 * BLOCK_BYTES)
+    def __init__(self, upload: Upload, path: str, url: str) -> None:
+        self._upload, self._path, self._url = upload, path, url
+        self._hasher, self._size = blake3(), 0
 
-    def write(self, data: bytes | memoryview) -> None:
-        with Translating(self._target):
-            self._file.write(bytes(data))  # fsspec's uploads keep what they are given until a part is full
-        self._hasher.update(data)
-        self._size += len(data)
+    def write(self, data: bytes | memoryview, origin: Origin | None = None) -> None:
+        view = memoryview(data).cast("B")
+        with Translating(self._url):
+            self._upload.write(view, origin)
+        self._hasher.update(view)
+        self._size += len(view)
 
     def commit(self) -> FileEntry:
-        with Translating(self._target):
-            self._file.close()
-        self._is_open = False
+        with Translating(self._url):
+            self._upload.publish(self._path, self._size)
         return FileEntry(path=self._path, size_bytes=self._size, digest=Digest(self._hasher.hexdigest()))
 
     def cancel(self) -> None:
-        if self._is_open:
-            self._is_open = False
-            with suppress(OSError):
-                self._file.close()
-                self._system.rm_file(self._target)
+        with suppress(StorageFailed), Translating(self._url):
+            self._upload.cancel()
 
 
 def digest_of_stream(file: IO[bytes]) -> Digest:

@@ -5,6 +5,7 @@ All values are float64 `[rows, columns]`, so that after everything has been adde
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, final
@@ -54,16 +55,26 @@ class Dense:
         return self._values[first:last].to(torch.float64, copy=True)
 
 
+_ALONE = threading.Lock()
+# What torch was set to when each of those that are in it came; all but the first found 1, or what their own thread had.
+_USERS: list[int] = []
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Have torch use one thread for each operation. Matrices and blocks are the parallelism: more would fight for the same cores, and what an
-    operation's last bit is would depend on how many share it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    operation's last bit is would depend on how many share it. Several merges may want that at once: the last to end sets it back."""
+    with _ALONE:
+        _USERS.append(torch.get_num_threads())
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        with _ALONE:
+            most = max(_USERS)
+            _USERS.remove(min(_USERS))
+            if not _USERS:
+                torch.set_num_threads(most)
 
 
 def whole(weight: Weight) -> Tensor:

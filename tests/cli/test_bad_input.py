@@ -144,7 +144,7 @@ def test_names_and_numbers(registered: Ckpt) -> None:
     failed(registered("shipped", "nowhere"), 3, "nothing was ever shipped to 'nowhere'")
     failed(registered("shipped", "--at", "the day after"), 2, "expected a date")
     failed(registered("rollback", "production"), 3, "nothing was ever shipped")
-    failed(registered("gc", "--older-than", "soon"), 2, "24h")
+    failed(registered("gc", "--grace", "soon"), 2, "24h")
     failed(registered("base", "show", "zork"), 3, "'zork' was not found")
     failed(registered("register", "support-bot", "--step", "3"), 2, "6 checkpoints")
 

@@ -157,8 +157,8 @@ def test_rm_and_gc(registered: Ckpt) -> None:
     assert registered("rm", "support-bot@v1").code == 2  # nobody to ask
     assert registered("rm", "support-bot@v1", "--yes").code == 0
     assert "removed 0 files" in registered("gc").out  # young ones are spared
-    assert registered("gc", "--older-than", "0min", "--dry-run").out.startswith("would remove 2 files")
-    assert registered("gc", "--older-than", "0min").out.startswith("removed 2 files")
+    assert registered("gc", "--grace", "0min", "--dry-run").out.startswith("would remove 2 files")
+    assert registered("gc", "--grace", "0min").out.startswith("removed 2 files")
     assert registered("check", "support-bot@v2").code == 0
     assert registered("show", "support-bot@v1").code == 3
 

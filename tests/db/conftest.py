@@ -1,4 +1,4 @@
-"""A database for each test, copied from one that the migrations made, and the base model that checkpoints refer to."""
+"""A database for each test, SQLite's and PostgreSQL's in turn, and the base model that checkpoints refer to."""
 
 from __future__ import annotations
 
@@ -47,6 +47,12 @@ def base() -> BaseMaker:
 
 
 @pytest.fixture(scope="session")
+def make_base() -> BaseMaker:
+    """The same, for fixtures that last longer than a test."""
+    return _base
+
+
+@pytest.fixture(scope="session")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("template")
     engine = prepare(f"sqlite:///{folder / 'ckpt.db'}", folder / "backups")
@@ -63,10 +69,34 @@ def database(template: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def engine(database: Path) -> Iterator[Engine]:
+def sqlite(database: Path) -> Iterator[Engine]:
+    """SQLite, for what is its own."""
     engine = open_engine(f"sqlite:///{database}")
     yield engine
     engine.dispose()
+
+
+@pytest.fixture
+def postgresql(postgres_url: str) -> Iterator[Engine]:
+    """PostgreSQL, for what is its own."""
+    engine = open_engine(postgres_url)
+    with writing(engine) as session:
+        Catalog(session).bases.add(_base())
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    """Either, for what they have in common: a database with the base model `meta/base`."""
+    engine: Engine = request.getfixturevalue(request.param)
+    return engine
+
+
+@pytest.fixture
+def url(engine: Engine) -> str:
+    """The engine's."""
+    return engine.url.render_as_string(hide_password=False)
 
 
 @pytest.fixture

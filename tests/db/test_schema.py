@@ -11,12 +11,14 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+import servers
 from alembic import command
 from alembic.script import ScriptDirectory
 from factories import NOON, checkpoint
 from sqlalchemy import Engine, event, text
 from sqlalchemy.orm import Session
 
+from registry.db import schema
 from registry.db.catalog import Catalog
 from registry.db.schema import (
     HEAD_REVISION,
@@ -62,16 +64,16 @@ def test_migrations_make_the_tables_that_the_code_declares(engine: Engine) -> No
         command.check(alembic_config(connection))  # raises when they differ
 
 
-def test_migrations_make_every_named_rule(engine: Engine) -> None:
-    with engine.connect() as connection:
+def test_migrations_make_every_named_rule(sqlite: Engine) -> None:
+    with sqlite.connect() as connection:
         sql = " ".join(connection.scalars(text("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")))
     for table in NoteRow.metadata.tables.values():
         for rule in [*table.constraints, *table.indexes]:
             assert str(rule.name) in sql
 
 
-def test_sqlite_is_set_up_to_be_durable(engine: Engine) -> None:
-    with engine.connect() as connection:
+def test_sqlite_is_set_up_to_be_durable(sqlite: Engine) -> None:
+    with sqlite.connect() as connection:
         found = {
             name: connection.exec_driver_sql(f"PRAGMA {name}").scalar()
             for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
@@ -128,27 +130,10 @@ def test_an_older_database_is_copied_before_the_upgrade(database: Path, tmp_path
     assert copy.name.startswith("ckpt-0000-2")
 
 
-def test_a_database_from_before_origins_keeps_its_checkpoints(database: Path, engine: Engine, tmp_path: Path) -> None:
-    with writing(engine) as session:
-        before = Catalog(session).checkpoints.add(checkpoint())
-    engine.dispose()
-    with closing(sqlite3.connect(database)) as connection:
-        connection.executescript(
-            "DROP TABLE origins; DROP TABLE parents; UPDATE alembic_version SET version_num = '0001'"
-        )
-    upgraded = prepare(f"sqlite:///{database}", tmp_path / "backups")
-    with reading(upgraded) as session:
-        assert Catalog(session).checkpoints.all() == [before]
-        assert before.origin is None
-    upgraded.dispose()
-    (copy,) = (tmp_path / "backups").iterdir()
-    assert copy.name.startswith("ckpt-0001-")
-
-
-def test_a_backup_holds_what_is_committed(database: Path, engine: Engine, tmp_path: Path) -> None:
-    with writing(engine) as session:
+def test_a_backup_holds_what_is_committed(database: Path, sqlite: Engine, tmp_path: Path) -> None:
+    with writing(sqlite) as session:
         Catalog(session).checkpoints.add(checkpoint())
-    with writing(engine) as session:
+    with writing(sqlite) as session:
         Catalog(session).checkpoints.add(checkpoint(version=2))
         copy = back_up(database, tmp_path / "backups", "0001", NOON)
     assert copy.name == "ckpt-0001-20250301T120000.000000Z.db"
@@ -185,13 +170,13 @@ def test_urls_that_cannot_be_used(url: str, tmp_path: Path) -> None:
         prepare(url, tmp_path / "backups")
 
 
-def test_a_full_disk(engine: Engine) -> None:
-    @event.listens_for(engine, "connect")
+def test_a_full_disk(sqlite: Engine) -> None:
+    @event.listens_for(sqlite, "connect")
     def _forbid_growth(connection: sqlite3.Connection, _record: object) -> None:
         connection.execute("PRAGMA max_page_count = 1")  # never less than there are
 
     large = checkpoint(tags={f"key-{i}": "x" * 20_000 for i in range(10)})
-    with pytest.raises(StorageFailed, match="full"), writing(engine) as session:
+    with pytest.raises(StorageFailed, match="full"), writing(sqlite) as session:
         Catalog(session).checkpoints.add(large)
 
 
@@ -229,25 +214,51 @@ def test_naive_times_are_refused(engine: Engine) -> None:
         Catalog(session).checkpoints.add(checkpoint(created_at=naive))
 
 
-def test_a_lock_held_for_too_long(database: Path, engine: Engine) -> None:
-    @event.listens_for(engine, "connect")
+def test_a_lock_held_for_too_long(database: Path, sqlite: Engine) -> None:
+    @event.listens_for(sqlite, "connect")
     def _be_impatient(connection: sqlite3.Connection, _record: object) -> None:
         connection.execute("PRAGMA busy_timeout = 50")
 
     with closing(sqlite3.connect(database, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(Conflict, match="locked"), writing(engine):
+        with pytest.raises(Conflict, match="locked"), writing(sqlite):
             pass
 
 
-def test_writers_wait_and_readers_do_not(engine: Engine) -> None:
+def test_a_lock_held_for_too_long_by_another_server_process(
+    postgresql: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schema, "BUSY_TIMEOUT_SECONDS", 0.05)
+    with writing(postgresql), pytest.raises(Conflict, match="locked"), writing(postgresql):
+        pass
+
+
+def test_a_reader_sees_one_state(engine: Engine) -> None:
+    with reading(engine) as session:
+        assert Catalog(session).checkpoints.count() == 0
+        with writing(engine) as other:
+            Catalog(other).checkpoints.add(checkpoint())
+        assert Catalog(session).checkpoints.all() == []
+    with reading(engine) as session:
+        assert Catalog(session).checkpoints.count() == 1
+
+
+def test_a_server_that_is_not_there(tmp_path: Path) -> None:
+    (port,) = servers.free_ports(1)
+    with pytest.raises(StorageFailed):
+        prepare(f"postgresql://postgres@127.0.0.1:{port}/ckpt", tmp_path / "backups")
+
+
+def test_writers_wait_and_readers_do_not(engine: Engine, url: str) -> None:
     program = (
         "import sys, time; from registry.db.schema import open_engine, writing; from registry.db.tables import BlobRow\n"
-        "with writing(open_engine(sys.argv[1])) as session:\n"
+        "engine = open_engine(sys.argv[1])\n"
+        "with writing(engine) as session:\n"
         "    session.add(BlobRow(digest='0' * 64, sha256='', size_bytes=1)); session.flush()\n"
-        "    print('written', flush=True); time.sleep(0.5)"
+        "    print('written', flush=True); time.sleep(0.5)\n"
+        "engine.dispose()"
     )
-    other = run(program, engine.url)
+    other = run(program, url)
     assert other.stdout is not None
     assert other.stdout.readline() == "written\n"
     started = time.monotonic()
@@ -257,3 +268,15 @@ def test_writers_wait_and_readers_do_not(engine: Engine) -> None:
     with writing(engine) as session:
         assert len(Catalog(session).blobs.unreferenced()) == 1
     assert other.communicate() == ("", "")
+
+
+def test_a_writer_that_stands_still_does_not_keep_others_waiting_for_ever(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("registry.db.schema.LONGEST_PAUSE_SECONDS", 1)
+    engine = open_engine(postgres_url)
+    with pytest.raises(Conflict, match="stood still"), writing(engine):
+        time.sleep(1.5)
+    with writing(engine) as session:
+        assert session.scalar(text("SELECT 1")) == 1
+    engine.dispose()
