@@ -117,7 +117,10 @@ def _copy_blob(source: Store, target: Store, entry: FileEntry, advance: Callable
     if _has(target, entry):
         advance(entry.size_bytes)
         return False
-    with source.open(entry.digest) as stream, target.create() as writer:
+    with (
+        source.open(entry.digest) as stream,
+        target.create(expected=entry.digest, size_bytes=entry.size_bytes) as writer,
+    ):
         while block := stream.read(_BLOCK_BYTES):
             writer.write(block)
             advance(len(block))
