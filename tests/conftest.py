@@ -75,6 +75,8 @@ def s3() -> Iterator[servers.Server]:
 
 
 @pytest.fixture
-def s3_url(s3: servers.Server) -> str:
-    """A bucket of its own."""
-    return servers.create_bucket(s3)
+def s3_url(s3: servers.Server) -> Iterator[str]:
+    """A bucket of its own, gone afterwards: each takes room that the server has only so much of."""
+    url = servers.create_bucket(s3)
+    yield url
+    servers.drop_bucket(s3, url)

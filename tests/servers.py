@@ -277,3 +277,9 @@ def create_bucket(server: Server) -> str:
     name = f"test-{token_hex(6)}"
     s3_filesystem(server.port).call_s3("create_bucket", Bucket=name)
     return f"s3://{name}"
+
+
+def drop_bucket(server: Server, url: str) -> None:
+    """Remove a bucket with all that is in it."""
+    with suppress(OSError):  # a server that was stopped meanwhile takes it along
+        s3_filesystem(server.port).call_s3("delete_bucket", Bucket=url.removeprefix("s3://"))

@@ -263,10 +263,10 @@ def test_writers_wait_and_readers_do_not(engine: Engine, url: str) -> None:
     assert other.stdout.readline() == "written\n"
     started = time.monotonic()
     with reading(engine) as session:
-        assert Catalog(session).blobs.unreferenced() == []
+        assert Catalog(session).needs.unneeded() == {}
     assert time.monotonic() - started < 0.4
     with writing(engine) as session:
-        assert len(Catalog(session).blobs.unreferenced()) == 1
+        assert len(Catalog(session).needs.unneeded()) == 1
     assert other.communicate() == ("", "")
 
 
