@@ -92,6 +92,7 @@ def _is_healthy(stack: Stack, name: str) -> bool:
 def test_a_merge_goes_on_when_a_worker_is_killed_and_the_model_is_the_same_to_the_byte(
     stack: Stack, registered: User
 ) -> None:
+    assert eventually(lambda: _is_healthy(stack, "worker-1") and _is_healthy(stack, "worker-2"))
     job = registered.json("merge", "support-bot@v1", "--detach")
     assert eventually(lambda: registered.json("jobs", "show", str(job["id"]))["state"] == "running")
     assert stack.stop("worker-1", signal.SIGKILL) == -signal.SIGKILL
@@ -154,5 +155,6 @@ def test_everything_is_in_order_afterwards(stack: Stack, registered: User) -> No
 
 
 def test_a_worker_that_is_asked_to_stop_stops(stack: Stack) -> None:
+    assert eventually(lambda: _is_healthy(stack, "worker-2")), stack.log("worker-2")  # one that only starts just ends
     assert stack.stop("worker-2") == 0
     stack.start("worker-2")
