@@ -242,9 +242,12 @@ def stored_entries(base: BaseModel) -> tuple[FileEntry, ...]:
     """The blobs of a base model that the registry keeps a copy of: a stored file's identity is its digest. Empty for others."""
     if not base.in_store:
         return ()
-    return tuple(
-        FileEntry(path=file.path, size_bytes=file.size_bytes, digest=Digest.parse(file.identity)) for file in base.files
-    )
+    return tuple(map(stored_entry, base.files))
+
+
+def stored_entry(file: BaseFile) -> FileEntry:
+    """The blob that a base model's file in the store is."""
+    return FileEntry(path=file.path, size_bytes=file.size_bytes, digest=Digest.parse(file.identity))
 
 
 def current_base(

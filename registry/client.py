@@ -11,10 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, final
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast, final
 
+from registry.client_choosing import Choosing
 from registry.client_keeping import Keeping
-from registry.client_wire import LONG_SECONDS, PATIENCE_SECONDS, Wire, files_of, name_of
+from registry.client_looking import Looking
+from registry.client_repositories import Repositories
+from registry.client_wire import LONG_SECONDS, PATIENCE_SECONDS, Wire, check_namespaces, files_of, name_of
 from registry.codec import from_json, plain
 from registry.errors import InvalidInput, InvalidReference, NotFound, PathNotFound, UnknownBase, Unreachable
 from registry.failures import from_document
@@ -49,10 +52,12 @@ if TYPE_CHECKING:
     from registry.comparing import Difference
     from registry.extracting import Extract, Extraction
     from registry.filters import Filter
+    from registry.inference import Device, LoadedDType
     from registry.intake import Intake, Registration
     from registry.mixing import Mixture
     from registry.rearranging import Conversion, Wanted
     from registry.separating import Separate, Separation
+    from registry.service import Registry
 
 T = TypeVar("T")
 _MOST_AT_ONCE = 1000
@@ -74,7 +79,7 @@ class RemotePlanned:
 
 
 @final
-class RemoteRegistry(Keeping):
+class RemoteRegistry(Keeping, Looking, Choosing, Repositories):
     """A registry behind a server; `registry.connect()` makes one where the settings name a server. It is a context manager.
 
     All verbs are those of `registry.service.Registry` and are told there. Beside what they raise, there are `ServerFailed` and `AccessDenied`.
@@ -160,7 +165,7 @@ class RemoteRegistry(Keeping):
         namespaces: Sequence[str] = (),
     ) -> Page[Checkpoint]:
         """A part of the checkpoints that pass a filter, the newest first."""
-        self._check_namespaces(namespaces)
+        check_namespaces(namespaces)
         asked = {"adapter": adapter, "where": where and str(where), "sort": sort, "cursor": cursor, "limit": limit}
         return self._wire.get(Page[Checkpoint], "/checkpoints", asked)
 
@@ -176,13 +181,13 @@ class RemoteRegistry(Keeping):
         namespaces: Sequence[str] = (),
     ) -> Ranking:
         """The best checkpoints by a metric, of those that pass a filter."""
-        self._check_namespaces(namespaces)
+        check_namespaces(namespaces)
         asked = {"metric": metric, "direction": direction, "per": per, "top": top}
         return self._wire.get(Ranking, "/best", {"adapter": adapter, "where": where and str(where), **asked})
 
-    def _check_namespaces(self, namespaces: Sequence[str]) -> None:
-        if namespaces:
-            raise InvalidInput("namespaces", ", ".join(namespaces), "over a server, those of the token count")
+    def best(self, adapter: str, metric: str | None = None, *, direction: Direction | None = None) -> Checkpoint:
+        """The adapter's best checkpoint by a metric."""
+        return self.rank(adapter, metric=metric, direction=direction).groups[0].checkpoints[0]
 
     def resolve(self, text: str) -> Checkpoint:
         """The checkpoint that a reference means."""
@@ -374,6 +379,20 @@ class RemoteRegistry(Keeping):
 
     # -- background work
 
+    def load(
+        self,
+        checkpoint: Checkpoint | str,
+        *,
+        merged: bool = False,
+        device: Device = "auto",
+        dtype: LoadedDType = "auto",
+    ) -> Any:
+        """A model in this machine's memory, ready to be called."""
+        from registry.inference import load_model
+
+        found = self.resolve(checkpoint) if isinstance(checkpoint, str) else checkpoint
+        return load_model(cast("Registry", self), found, merged=merged, device=device, dtype=dtype)
+
     def start(self, kind: str, arguments: Mapping[str, Any], subject: str = "") -> Job:
         """Have something done in the background."""
         return self._wire.write(Job, "POST", "/jobs", {"kind": kind, "arguments": arguments, "subject": subject})
@@ -485,9 +504,9 @@ class RemoteRegistry(Keeping):
 
     # -- ship
 
-    def ship(self, subject: Checkpoint | Merged, environment: str, note: str = "") -> Shipment:
+    def ship(self, subject: Checkpoint | Merged, environment: str, note: str = "", *, override: str = "") -> Shipment:
         """Record that a checkpoint, or the merged model made of it, went live."""
-        asked = {"subject": name_of(subject), "environment": environment, "note": note}
+        asked = {"subject": name_of(subject), "environment": environment, "note": note, "override": override}
         return self._wire.write(Shipment, "POST", "/shipments", asked)
 
     def shipped(self, environment: str | None = None, at: datetime | None = None) -> list[Shipment]:

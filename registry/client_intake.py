@@ -45,7 +45,7 @@ _TOGETHER = 500  # checkpoints of one request, which is recorded whole or not at
 def register(wire: Wire, settings: Settings, path: str, said: Registration, progress: Progress) -> Intake:
     """Register a checkpoint or a run that lies here; what it does and raises is told at `registry.registering.register`."""
     try:
-        place = search(path)
+        place = search(path, with_state=said.with_state)
     except NotACheckpoint as refusal:
         return _register_models(wire, settings, path, said, refusal, progress)
     check_words(said, len(place.found))
@@ -105,6 +105,7 @@ def _document(found: Found, base: BaseModel, entries: Sequence[FileEntry], said:
         "step": found.step,
         "metrics": found.metrics,
         "left_out": found.left_out,
+        "began": found.began,
     }
     told = replace(said, base=base.digest.hex, source=said.source or found.location.url)
     return {"files": entries, "said": told, "found": around}

@@ -7,7 +7,7 @@ import random
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -156,18 +156,21 @@ class Wire:
         self._ask(_Asked(method, path, {}, headers, body=body))
 
     @contextmanager
-    def stream(self, path: str, query: Query, offset_bytes: int = 0) -> Iterator[Iterator[bytes]]:
-        """The bytes at a path, from an offset on, as they come. Once they come, nothing is asked again here.
+    def stream(
+        self, path: str, query: Query, offset_bytes: int = 0, end_bytes: int | None = None
+    ) -> Iterator[Iterator[bytes]]:
+        """The bytes at a path, from an offset on, up to another or to the end, as they come. Once they come, nothing is asked again here.
 
         Raises:
             ServerFailed: they do not come, or not from there on.
         """
         headers = {"Accept": "application/octet-stream", "Accept-Encoding": "identity"}
-        if offset_bytes:
-            headers["Range"] = f"bytes={offset_bytes}-"
+        is_part = bool(offset_bytes) or end_bytes is not None
+        if is_part:
+            headers["Range"] = f"bytes={offset_bytes}-" + ("" if end_bytes is None else str(end_bytes - 1))
         answer = self._ask(_Asked("GET", path, query, headers, is_streamed=True))
         try:
-            if offset_bytes and answer.status_code != httpx.codes.PARTIAL_CONTENT:
+            if is_part and answer.status_code != httpx.codes.PARTIAL_CONTENT:
                 raise ServerFailed(
                     self.url, f"expected the bytes from {offset_bytes} on, found status {answer.status_code}"
                 )
@@ -265,6 +268,16 @@ def _as_text(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return str(plain(value))
+
+
+def check_namespaces(namespaces: Sequence[str]) -> None:
+    """See that nobody tells a server which namespaces may be seen.
+
+    Raises:
+        InvalidInput: somebody does.
+    """
+    if namespaces:
+        raise InvalidInput("namespaces", ", ".join(namespaces), "over a server, those of the token count")
 
 
 def name_of(subject: Checkpoint | Merged) -> str:

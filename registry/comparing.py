@@ -31,6 +31,13 @@ _SAID_ABOVE = re.compile(
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
+def place_of(name: str) -> tuple[int | None, str]:
+    """The number of a weight's layer, None where it is in none, and what its module is called there: `self_attn.q_proj`."""
+    found = _LAYER.search(name)
+    module = (name[found.end() :] if found else name).removesuffix(".weight")
+    return (int(found[1]) if found else None), module
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Field:
     """A fact that is not the same on both sides."""
@@ -75,14 +82,12 @@ class WeightPair:
     @property
     def layer(self) -> int | None:
         """The number of its layer, if it is in one."""
-        found = _LAYER.search(self.name)
-        return int(found[1]) if found else None
+        return place_of(self.name)[0]
 
     @property
     def module(self) -> str:
         """What it is called in its layer: `self_attn.q_proj`."""
-        found = _LAYER.search(self.name)
-        return (self.name[found.end() :] if found else self.name).removesuffix(".weight")
+        return place_of(self.name)[1]
 
     @property
     def relative(self) -> float:
@@ -123,10 +128,10 @@ def compare(workspace: Workspace, one: Checkpoint, other: Checkpoint, progress: 
     with closing(workspace.folder_of(one)) as first, closing(workspace.folder_of(other)) as second:
         folders = first, second
         adapters = read_adapter(first), read_adapter(second)
-        found = [_resolved(each, base, folder) for each, folder in zip(adapters, folders, strict=True)]
+        found = [resolution_of(each, base, folder) for each, folder in zip(adapters, folders, strict=True)]
         if _needs_base(found):
-            base = _readable(workspace, base, progress)
-            found = [_resolved(each, base, folder) for each, folder in zip(adapters, folders, strict=True)]
+            base = unchanged_base(workspace, base, progress)
+            found = [resolution_of(each, base, folder) for each, folder in zip(adapters, folders, strict=True)]
             with closing(open_base(workspace, base)) as place:
                 weights = tuple(_weights(base, place, folders, found, progress))
         else:
@@ -137,11 +142,12 @@ def compare(workspace: Workspace, one: Checkpoint, other: Checkpoint, progress: 
     )  # fmt: skip
 
 
-def _resolved(adapter: Adapter, base: BaseModel, folder: Location) -> Resolution:
+def resolution_of(adapter: Adapter, base: BaseModel, folder: Location) -> Resolution:
+    """An adapter, whose folder that is, matched with a base model."""
     return without_copies(resolve(adapter, base), folder, base)
 
 
-def _changes(found: Resolution) -> dict[str, Change]:
+def changes_of(found: Resolution) -> dict[str, Change]:
     """What an adapter changes, by the names of the weights; nothing where it is refused, since then not all of it is known."""
     if any(finding.level is Level.REFUSED for finding in found.findings):
         return {}
@@ -151,10 +157,16 @@ def _changes(found: Resolution) -> dict[str, Change]:
 def _needs_base(found: Sequence[Resolution]) -> bool:
     from registry.merge.compare import is_low_rank  # noqa: PLC0415 - numpy, which other commands need not wait for
 
-    return not all(is_low_rank(change) for each in found for change in _changes(each).values())
+    return not all(is_low_rank(change) for each in found for change in changes_of(each).values())
 
 
-def _readable(workspace: Workspace, base: BaseModel, progress: Progress) -> BaseModel:
+def unchanged_base(workspace: Workspace, base: BaseModel, progress: Progress = silent) -> BaseModel:
+    """A base model as it lies there now, to be read.
+
+    Raises:
+        Changed: its files are others now.
+        PathNotFound: it is not there any more.
+    """
     base, changed = current_base(workspace, base, progress)
     if changed:
         raise Changed(f"{base.url}/{changed[0]}", "the file that was recorded", "another one")
@@ -168,6 +180,12 @@ def _beside(found: Resolution) -> str:
     if found.omitted:
         return "; ".join(f"{each.finding.code}: {each.finding.found}" for each in found.omitted)
     return "" if found.changes else "nothing that it does is a change of weights"
+
+
+def facts_of(checkpoint: Checkpoint, adapter: Adapter | None) -> dict[str, Any]:
+    """What a checkpoint is, by names: of its manifest, where it belongs, and, of an adapter that could be read, its own configuration."""
+    known = {name: getattr(checkpoint.manifest, name) for name in _FIELDS}
+    return {**known, **(_said(adapter.config) if adapter else {}), **_place(checkpoint)}
 
 
 def _fields(
@@ -232,7 +250,7 @@ def _weights(
     from registry.merge.compare import Side  # noqa: PLC0415 - as above
     from registry.merge.sums import FactorReader  # noqa: PLC0415 - as above
 
-    changes, readers = [_changes(each) for each in found], [FactorReader(folder) for folder in folders]
+    changes, readers = [changes_of(each) for each in found], [FactorReader(folder) for folder in folders]
     order = {tensor.spec.name: number for number, tensor in enumerate(base.tensors)}
     names = sorted({*changes[0], *changes[1]}, key=lambda name: (order.get(name, len(order)), name))
     sizes = {name: each.target.size_bytes for changed in changes for name, each in changed.items()}
@@ -245,7 +263,7 @@ def _weights(
 def _pair(name: str, one: Side, other: Side, place: Location | None) -> WeightPair:
     from registry.merge.compare import angle  # noqa: PLC0415 - as above
 
-    if problem := _problem([one.change, other.change]):
+    if problem := problem_of([one.change, other.change]):
         return WeightPair(name=name, problem=problem)
     found = angle(one, other, place)
     if not math.isfinite(found.distance):
@@ -253,7 +271,7 @@ def _pair(name: str, one: Side, other: Side, place: Location | None) -> WeightPa
     return WeightPair(name=name, norms=found.norms, distance=found.distance, cosine=found.cosine, ranks=found.ranks)
 
 
-def _problem(sides: Sequence[Change | None]) -> str:
+def problem_of(sides: Sequence[Change | None]) -> str:
     """Why two changes cannot be compared; empty text when they can."""
     shapes = {change.target.shape for change in sides if change is not None}
     if len(shapes) > 1:

@@ -10,12 +10,15 @@ and the exit code or HTTP status are decided at the edge (see `cli/errors.py`).
     │   ├── InvalidRecipe       a merge option that makes no sense
     │   ├── InvalidSetting      an environment variable or settings file
     │   ├── TooLarge            more bytes than are taken at once
-    │   └── DirectionUnknown    is lower or higher better for this metric?
+    │   ├── DirectionUnknown    is lower or higher better for this metric?
+    │   └── MixedData           values of a metric that were measured on different data
     ├── MissingPackage          something optional is not installed
     ├── NotFound                nothing has this name
     │   ├── PathNotFound
     │   ├── UnknownAdapter, UnknownCheckpoint, UnknownBase, UnknownMerged, UnknownEnvironment
-    │   ├── UnknownJob, UnknownToken, UnknownWebhook, UnknownSignature
+    │   ├── UnknownRepository, UnknownRevision
+    │   ├── UnknownJob, UnknownToken, UnknownWebhook, UnknownSignature, UnknownPolicy
+    │   ├── NoTokenizer, NoChatTemplate, NoTrainerState
     │   └── UnknownMetric
     ├── Ambiguous               several things have this name
     ├── Conflict                the registry's state forbids it
@@ -31,13 +34,17 @@ and the exit code or HTTP status are decided at the edge (see `cli/errors.py`).
     │   ├── CorruptFile         truncated, malformed or against the format's rules
     │   └── UnsafePickle        a pickle that names code
     ├── Refused                 an incompatible checkpoint; carries the whole report
+    ├── BelowPolicy             a checkpoint that is not good enough for an environment
     ├── Changed                 bytes differ from what was recorded
     │   ├── BaseChanged
     │   └── DamagedBlob
     │       └── BlobSwept   between storing and recording it; again is fine
+    ├── NotServable             an engine does not take a checkpoint in this way
     ├── NotConvertible          something has no place in the other layout, or did not come back the same
     ├── NothingMerged           the result would be the base itself
     ├── NotFinite               a result overflows, or the base has such a value
+    ├── ProgramFailed           a program of the caller's that was to measure something
+    ├── OutOfMemory             a model that does not fit, or not what is asked of it
     ├── StorageFailed           the store or disk does not take the bytes
     ├── AccessDenied            not for the one who asks
     │   ├── Unauthenticated     no token, or none that is good
@@ -138,6 +145,17 @@ class DirectionUnknown(InvalidInput):
         self.fields["metric"] = self.metric = metric
 
 
+class MixedData(InvalidInput):
+    """Values of a metric that were measured on different data cannot be compared. Fields: `metric`, `data` (empty text where not known)."""
+
+    code = "mixed_data"
+
+    def __init__(self, metric: str, data: Sequence[str]) -> None:
+        super().__init__("metric", metric, "measured on different data")
+        self.fields["metric"], self.fields["data"] = metric, tuple(data)
+        self.metric, self.data = metric, tuple(data)
+
+
 class NotFound(RegistryError):
     """Nothing goes by this name. Fields: `kind`, `name`, `near` (similar names that do exist)."""
 
@@ -196,6 +214,31 @@ class UnknownMetric(NotFound):
 
     code = "unknown_metric"
     kind = "metric"
+
+
+class UnknownPolicy(NotFound):
+    """The adapter has no policy."""
+
+    code = "unknown_policy"
+    kind = "policy of"
+
+
+class UnknownRepository(NotFound):
+    """No repository of this id, as clients of the Hugging Face Hub name them. Fields: as `NotFound`, and `reason`, where it can be told."""
+
+    code = "unknown_repository"
+    kind = "repository"
+
+    def __init__(self, name: str, near: Sequence[str] = (), reason: str = "") -> None:
+        super().__init__(name, near)
+        self.fields["reason"] = self.reason = reason
+
+
+class UnknownRevision(NotFound):
+    """The repository has no such revision."""
+
+    code = "unknown_revision"
+    kind = "revision"
 
 
 class UnknownJob(NotFound):
@@ -326,6 +369,52 @@ class Refused(RegistryError):
         self.report = report
 
 
+class BelowPolicy(RegistryError):
+    """Not good enough for an environment that its adapter's policy guards. Fields: `checkpoint`, `environment`, `failures` (conditions, and
+    what there is instead)."""
+
+    code = "below_policy"
+
+    def __init__(self, checkpoint: str, environment: str, failures: Sequence[str]) -> None:
+        super().__init__(checkpoint=checkpoint, environment=environment, failures=tuple(failures))
+        self.checkpoint, self.environment, self.failures = checkpoint, environment, tuple(failures)
+
+
+class NoChatTemplate(NotFound):
+    """Neither the adapter nor its base model says how a conversation is written."""
+
+    code = "no_chat_template"
+    kind = "chat template of"
+
+
+class NoTokenizer(NotFound):
+    """Neither the adapter nor its base model has a tokenizer."""
+
+    code = "no_tokenizer"
+    kind = "tokenizer of"
+
+
+class NoTrainerState(NotFound):
+    """A checkpoint that was registered without what its trainer needs to go on. Fields beside the name: `missing`, in words."""
+
+    code = "no_trainer_state"
+    kind = "trainer's state of"
+
+    def __init__(self, name: str, missing: Sequence[str]) -> None:
+        super().__init__(name)
+        self.fields["missing"] = self.missing = list(missing)
+
+
+class NotServable(RegistryError):
+    """A serving engine does not take a checkpoint in this way. Fields: `checkpoint`, `engine` (and in which way), `reason`, `advice`."""
+
+    code = "not_servable"
+
+    def __init__(self, checkpoint: str, engine: str, reason: str, advice: str) -> None:
+        super().__init__(checkpoint=checkpoint, engine=engine, reason=reason, advice=advice)
+        self.checkpoint, self.engine, self.reason, self.advice = checkpoint, engine, reason, advice
+
+
 class NotConvertible(RegistryError):
     """What cannot be written in another layout, and every reason. Fields: `subject`, `target`, `reasons`."""
 
@@ -386,6 +475,26 @@ class NotFinite(RegistryError):
     def __init__(self, tensor: str, dtype: str) -> None:
         super().__init__(tensor=tensor, dtype=dtype)
         self.tensor, self.dtype = tensor, dtype
+
+
+class ProgramFailed(RegistryError):
+    """A program of the caller's failed. Fields: `program`, `subject` (what it was run on), `reason`."""
+
+    code = "program_failed"
+
+    def __init__(self, program: str, subject: str, reason: str) -> None:
+        super().__init__(program=program, subject=subject, reason=reason)
+        self.program, self.subject, self.reason = program, subject, reason
+
+
+class OutOfMemory(RegistryError):
+    """A device has not enough memory. Fields: `what` (it was needed for), `device`."""
+
+    code = "out_of_memory"
+
+    def __init__(self, what: str, device: str) -> None:
+        super().__init__(what=what, device=device)
+        self.what, self.device = what, device
 
 
 class StorageFailed(RegistryError):

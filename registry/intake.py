@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from registry.base_folders import AddedBase
 from registry.compatibility import Facts, check
@@ -14,6 +14,7 @@ from registry.formats.base_model import places_with_models
 from registry.locations import local_folder, open_location
 from registry.manifest import BaseModel, Checkpoint, FileEntry, Metric, Origin, Report
 from registry.refs import AdapterName, check_name
+from registry.training_state import LEFT_OUT, LINEAGE_FILE, Beginning, is_state, read_beginning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +22,8 @@ class Registration:
     """What the caller says about checkpoints; what is left empty, the files have to know.
 
     `metrics`, `note` and `tags` are recorded beside what the files know. `step` is refused for a run with several checkpoints. Of files that
-    the registry itself made, `origin` tells what of, and `source` is recorded instead of where they lay meanwhile.
+    the registry itself made, `origin` tells what of, and `source` is recorded instead of where they lay meanwhile. `with_state` keeps what only
+    the trainer needs to go on (the optimizer's state is twice an adapter's size).
     """
 
     adapter: str = ""
@@ -34,6 +36,7 @@ class Registration:
     arch_version: str = ""
     source: str = ""
     origin: Origin | None = None
+    with_state: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +65,8 @@ class Intake:
 class Received:
     """A checkpoint whose files lie in the store already: what a client found around them, and what its user says.
 
-    `adapter`, `run`, `step` and `metrics` are what the place of the files told; `left_out` what of it was not taken. `said.base` is to name a
-    recorded base model.
+    `adapter`, `run`, `step`, `metrics` and `began` are what the place of the files told; `left_out` what of it was not taken. `said.base` is to
+    name a recorded base model.
     """
 
     files: tuple[FileEntry, ...]
@@ -73,25 +76,47 @@ class Received:
     step: int | None = None
     metrics: tuple[Metric, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
+    began: Beginning | None = None
 
 
-def search(path: str) -> Search:
+def search(path: str, *, with_state: bool = False) -> Search:
     """The checkpoints of a place.
 
     Args:
         path: of a checkpoint's folder, a run's, or the weights file in it; or an fsspec URL.
+        with_state: take also what only the trainer needs to go on.
 
     Raises:
         PathNotFound, NotACheckpoint, CorruptFile, UnsafePickle: nothing there that can be registered.
     """
     file = local_folder(path)
     if file is None or not os.path.isfile(file):
-        return find_checkpoints(open_location(path))
+        place = find_checkpoints(open_location(path))
+        return replace(place, found=tuple(_of_run(each, with_state=with_state) for each in place.found))
     found = find_checkpoints(open_location(str(file.parent))).found
     own = tuple(each for each in found if each.location.local_path(each.adapter.weights_file) == file)
     if not own:
         raise NotACheckpoint(path, "not the weights of a readable checkpoint")
-    return Search(found=own)
+    return Search(found=tuple(_of_run(each, with_state=with_state) for each in own))
+
+
+def _of_run(found: Found, *, with_state: bool) -> Found:
+    """A checkpoint without the trainer's state, unless that is wanted; of a run that went on from another one, with what that was.
+
+    What a resumed run began with is taken whole, as it was laid out, so that it is known already.
+    """
+    folder = local_folder(found.location.url)
+    began = None if folder is None else read_beginning(folder) or read_beginning(folder.parent)
+    is_whole = with_state or (began is not None and began.is_at(found.step))
+    dropped = [path for path in found.adapter.files if is_state(path) and not is_whole]
+    files = tuple(path for path in found.adapter.files if path not in {*dropped, LINEAGE_FILE})
+    return replace(
+        found,
+        adapter=replace(found.adapter, files=files),
+        adapter_name=str(began.parsed.adapter) if began else found.adapter_name,
+        left_out={**found.left_out, **dict.fromkeys(dropped, LEFT_OUT)},
+        began=began,
+    )
 
 
 def model_places(path: str) -> list[str]:

@@ -91,7 +91,8 @@ class Manifest:
 class Metric:
     """A number measured on a checkpoint. `split` is train, eval, val or test where that is known; `step` the step it was measured at.
 
-    `direction` is what whoever recorded it declared to be better; None leaves it to the metric's name.
+    `direction` is what whoever recorded it declared to be better; None leaves it to the metric's name. `data` names what it was measured on
+    (of a file the BLAKE3 as 64 hex digits), empty where that is not known: only values of the same data are compared.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Metric:
     step: int | None = None
     split: str = ""
     direction: Direction | None = None
+    data: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

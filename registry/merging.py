@@ -11,9 +11,9 @@ from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from registry.base_models import open_base
+from registry.base_models import find_base, open_base
 from registry.errors import Changed, DamagedBlob, NotFound, PathNotFound, UnreadableFile
-from registry.examining import Examined
+from registry.examining import Examined, examine
 from registry.formats.adapter import read_json
 from registry.locations import Location, local_folder, open_location
 from registry.manifest import (
@@ -32,7 +32,7 @@ from registry.manifest import (
 from registry.merge.journal import Journal
 from registry.merge.plan import PROVENANCE_FILE, Inputs, Plan, make_plan
 from registry.merge.sinks import Sink, StoreSink, digest_of_stream, open_sink
-from registry.mixing import Together
+from registry.mixing import Mixture, Together, check_bases, together
 from registry.results import MergeResult as MergeResult
 from registry.results import Outline as Outline
 from registry.results import OutlinedFile
@@ -82,6 +82,23 @@ class Planned:
     def report(self) -> Report:
         """What the check of all inputs found."""
         return self.together.report
+
+
+def plan(
+    workspace: Workspace,
+    checkpoints: Sequence[Checkpoint],
+    mixture: Mixture | None = None,
+    *,
+    dtype: DType | None = None,
+    allow_lossy: bool = False,
+    progress: Progress = silent,
+) -> Planned:
+    """Examine checkpoints and plan their merge into their one base model; see `registry.service.Registry.plan`."""
+    check_bases(checkpoints)
+    base = find_base(workspace, checkpoints[0].base.hex, progress=progress)
+    examined = [examine(workspace, each, base, progress) for each in checkpoints]
+    joint = together(workspace, examined, mixture or Mixture(), allow_lossy=allow_lossy)
+    return plan_merge(workspace, joint, dtype)
 
 
 def plan_merge(workspace: Workspace, joint: Together, dtype: DType | None = None) -> Planned:

@@ -134,7 +134,8 @@ def make_recipe(base: BaseModel, inputs: Sequence[Checkpoint], mixture: Mixture)
     return Recipe(
         base=base.digest,
         inputs=tuple(
-            RecipeInput(checkpoint=each.digest, weight=weight) for each, weight in zip(inputs, weights, strict=True)
+            RecipeInput(checkpoint=each.digest, weight=float(weight))
+            for each, weight in zip(inputs, weights, strict=True)
         ),
         method=mixture.method,
         options=options,

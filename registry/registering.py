@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from registry.base_models import add_base, base_of_adapter, find_base
-from registry.errors import Changed, Conflict, NotACheckpoint, Refused, UnknownCheckpoint, UnreadableFile
+from registry.errors import Changed, Conflict, NotACheckpoint, NotFound, Refused, UnknownCheckpoint, UnreadableFile
 from registry.formats import Found, read_adapter
 from registry.formats.adapter import TOKENIZER_FILES, Adapter
 from registry.intake import Intake as Intake
@@ -22,12 +22,14 @@ from registry.manifest import (
     Manifest,
     Metric,
     Note,
+    Origin,
     Report,
     content_digest,
 )
 from registry.refs import AdapterName, Digest, nearest_name
 from registry.store import StoredFolder
 from registry.storing import recording
+from registry.training_state import Beginning
 from registry.workspace import Change, Progress, Workspace, nothing_but, silent
 
 
@@ -47,7 +49,7 @@ def register(workspace: Workspace, path: str, said: Registration, *, progress: P
         Conflict: this content is registered already, on another base.
     """
     try:
-        place = search(path)
+        place = search(path, with_state=said.with_state)
     except NotACheckpoint as refusal:
         return _register_models(workspace, path, said, refusal, progress)
     check_words(said, len(place.found))
@@ -109,6 +111,7 @@ def _found(workspace: Workspace, received: Received) -> Found:
         step=received.step,
         metrics=received.metrics,
         left_out=dict(received.left_out),
+        began=received.began,
     )
 
 
@@ -251,8 +254,19 @@ def _checkpoint(change: Change, checked: _Checked, entries: tuple[FileEntry, ...
         metrics=(*(metric for metric in found.metrics if metric.name not in own), *said.metrics),
         notes=notes,
         tags=said.tags,
-        origin=said.origin,
+        origin=said.origin or _resumed(change, found.began, manifest.digest),
     )
+
+
+def _resumed(change: Change, began: Beginning | None, digest: Digest) -> Origin | None:
+    """The origin of what a resumed run has made. Whoever names its beginning by the digest knows that one: a link gives nothing away."""
+    if began is None or began.digest == digest:  # what the run began with was trained
+        return None
+    try:
+        parent = change.catalog.checkpoints.resolve(began.parsed)
+    except NotFound:
+        return began.origin(is_here=False)
+    return began.origin(is_here=parent.digest == began.digest)
 
 
 def _known(change: Change, again: Checkpoint) -> Checkpoint:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
 
 from registry.errors import RegistryError
 from registry.manifest import BaseModel, Checkpoint, Merged, Recipe, Report, Shipment, TensorRecord
+from registry.refs import AdapterName, Digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,3 +74,88 @@ class MergeResult:
     created: bool
     report: Report
     records: tuple[TensorRecord, ...] = ()
+
+
+# -- repositories, as the Hugging Face Hub has them
+
+RepositoryKind = Literal["adapter", "base", "merged"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepositoryFile:
+    """A file of a repository. `etag` never changes for a commit and a path: the SHA-256 (64 hex digits) of weights whose bytes have one
+    recorded, else 40 hex digits. `sha256` is empty where it is not known.
+    """
+
+    path: str
+    size_bytes: int
+    etag: str
+    sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repository:
+    """One state of a repository: an adapter's checkpoint, a base model, or what merging makes of them.
+
+    `commit` are 40 hex digits that name this state for ever. `checkpoints` are references of what is in it, `base` the base model's name.
+    `recipe` is what makes a merged one; `is_stored` is False where its weights are computed while they are sent.
+    """
+
+    id: str
+    kind: RepositoryKind
+    commit: str
+    files: tuple[RepositoryFile, ...]
+    checkpoints: tuple[str, ...]
+    base: str
+    created_at: datetime
+    author: str
+    recipe: Digest | None = None
+    is_stored: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepositoryRef:
+    """A name for a state of a repository: `branch` for those that move (main, aliases, environments), `tag` for versions."""
+
+    name: str
+    kind: Literal["branch", "tag"]
+    commit: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepositoryLine:
+    """A repository in a list."""
+
+    id: str
+    kind: RepositoryKind
+    created_at: datetime
+    author: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptRecipe:
+    """A recipe that is kept without being carried out: whoever asks for its model gets it computed. `checkpoints` are the inputs as
+    references, in the recipe's order; `base` is the base model's name.
+    """
+
+    recipe: Recipe
+    base: str
+    checkpoints: tuple[str, ...]
+    note: str
+    created_at: datetime
+    author: str
+
+    @property
+    def repository(self) -> str:
+        """The id of its repository."""
+        return f"merged-{self.recipe.digest.short}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterLine:
+    """An adapter in a list: how many checkpoints it has, the newest, and the names of the metrics that were recorded on any."""
+
+    name: AdapterName
+    checkpoints: int
+    newest: Checkpoint
+    metrics: tuple[str, ...]

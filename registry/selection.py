@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal, final
 
-from registry.errors import DirectionUnknown, InvalidInput, UnknownMetric
+from registry.errors import DirectionUnknown, InvalidInput, MixedData, UnknownMetric
 from registry.manifest import Checkpoint, Direction, Metric
 
 Grouping = Literal["adapter", "run", "base"]
@@ -81,22 +81,27 @@ def _words(name: str) -> list[str]:
 @final
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """How many candidates have a metric of a name, split and declared direction, and how many of them a finite value of it."""
+    """How many candidates have a metric of a name, split, declared direction and data, and how many of them a finite value of it."""
 
     name: str
     split: str
     direction: Direction | None
+    data: str
     checkpoints: int
     finite: int
 
 
+_Key = tuple[str, str, Direction | None, str]
+
+
 def tallies(checkpoints: Iterable[Checkpoint]) -> list[Tally]:
     """Count the metrics of candidates; of one name the last of each counts."""
-    present, finite = Counter[tuple[str, str, Direction | None]](), Counter[tuple[str, str, Direction | None]]()
+    present, finite = Counter[_Key](), Counter[_Key]()
     for checkpoint in checkpoints:
         for metric in _latest(checkpoint).values():
-            present[metric.name, metric.split, metric.direction] += 1
-            finite[metric.name, metric.split, metric.direction] += math.isfinite(metric.value)
+            key = metric.name, metric.split, metric.direction, metric.data
+            present[key] += 1
+            finite[key] += math.isfinite(metric.value)
     return [Tally(*key, count, finite[key]) for key, count in present.items()]
 
 
@@ -143,6 +148,11 @@ def declared_direction(name: str, checkpoints: Sequence[Checkpoint]) -> Directio
     return known_direction(name, tallies(checkpoints))
 
 
+def most_telling(names: Iterable[str]) -> list[str]:
+    """Metrics by name, in the order in which `shared_metric` prefers them."""
+    return sorted(names, key=lambda name: _preference(name, ()))
+
+
 def _preference(name: str, counted: Iterable[Tally]) -> tuple[int, int, int, str]:
     """Sorts the more telling metric first; of two losses of one split the one with the shorter name (`eval_loss`, `eval_aux_loss`)."""
     words = _words(name)
@@ -172,6 +182,7 @@ def best(
 
     Raises:
         DirectionUnknown: neither the metrics nor the name tell which way is better.
+        MixedData: it was measured on different data.
         InvalidInput: `top` is below 1.
         UnknownMetric: no candidate has a finite value of the metric, or none is shared by all.
     """
@@ -211,6 +222,9 @@ def choose(
     if not ranked:
         existing = sorted({tally.name for tally in counted} - {name})
         raise UnknownMetric(name, get_close_matches(name, existing))
+    data = sorted({tally.data for tally in counted if tally.name == name and tally.finite})
+    if len(data) > 1:
+        raise MixedData(name, data)
     way = direction or known_direction(name, counted)
     if way is None:
         raise DirectionUnknown(name)

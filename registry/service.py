@@ -22,6 +22,7 @@ from registry.errors import (
     Unauthenticated,
     UnknownBase,
     UnknownCheckpoint,
+    UnknownPolicy,
 )
 from registry.manifest import (
     BaseModel,
@@ -37,6 +38,7 @@ from registry.manifest import (
     utc_now,
 )
 from registry.refs import AdapterName, CheckpointRef, check_label, check_name
+from registry.remembered import Remembered
 from registry.results import Details as Details
 from registry.selection import Grouping, Ranking
 from registry.settings import Settings
@@ -52,14 +54,20 @@ if TYPE_CHECKING:
     from registry.chain import AuditState
     from registry.combining import Combination, Making
     from registry.comparing import Difference
+    from registry.curves import Point
     from registry.diagnosing import Diagnosis
     from registry.examining import Examined
     from registry.extracting import Extract, Extraction
     from registry.filters import Filter
+    from registry.inference import Device, LoadedDType
     from registry.merging import MergeResult, Planned
     from registry.mixing import Mixture
+    from registry.policies import KeptPolicy, Selection
     from registry.rearranging import Conversion, Wanted
     from registry.registering import Intake, Registration
+    from registry.repositories import Repositories
+    from registry.results import AdapterLine, KeptRecipe, Repository, RepositoryLine, RepositoryRef
+    from registry.retention import Retained
     from registry.separating import Separate, Separation
     from registry.sweeping import Swept
     from registry.teamwork import (
@@ -82,6 +90,7 @@ class Registry:
 
     def __init__(self, settings: Settings) -> None:
         self._workspace = Workspace(settings)
+        self._kept: Remembered[Repositories] = Remembered(1, forget=lambda found: found.close())
 
     @property
     def settings(self) -> Settings:
@@ -104,7 +113,8 @@ class Registry:
         self._workspace.upgrade_database()
 
     def close(self) -> None:
-        """Release the database."""
+        """Release the database, and what is open of repositories."""
+        self._kept.clear()
         self._workspace.close()
 
     def __enter__(self) -> Registry:
@@ -184,6 +194,57 @@ class Registry:
             return catalog.checkpoints.rank(
                 _scope(adapter, where, namespaces), metric=metric, direction=direction, per=per, top=top
             )
+
+    def best(self, adapter: str, metric: str | None = None, *, direction: Direction | None = None) -> Checkpoint:
+        """The adapter's best checkpoint by a metric; the same as the first that `rank` gives.
+
+        Args:
+            adapter: its name.
+            metric: by which; the adapter's main one unless told otherwise.
+            direction: whether lower or higher is better, where that is not known.
+
+        Raises:
+            UnknownAdapter: no adapter of this name.
+            UnknownMetric, DirectionUnknown, MixedData, InvalidInput: as `registry.selection.best`.
+        """
+        return self.rank(adapter, metric=metric, direction=direction).groups[0].checkpoints[0]
+
+    def adapters(self, search: str = "", limit: int = 50, namespaces: Sequence[str] = ()) -> list[AdapterLine]:
+        """The adapters, those that a checkpoint was last added to first.
+
+        Args:
+            search: only those with this text in their names, in any case.
+            limit: the most to give, up to 1000.
+            namespaces: those that may be seen; none: all.
+
+        Raises:
+            InvalidInput: the limit is not acceptable.
+        """
+        with self._workspace.reading() as catalog:
+            return catalog.overview.adapters(search, limit, namespaces)
+
+    def series(self, adapter: str, metric: str) -> list[Point]:
+        """The finite values of a metric over an adapter's steps: by run, and then by step; by version where a checkpoint has no step.
+
+        Raises:
+            UnknownAdapter: no adapter of this name.
+            UnknownMetric: no checkpoint of it has a finite value of the metric.
+        """
+        with self._workspace.reading() as catalog:
+            return catalog.overview.series(AdapterName.parse(adapter), metric)
+
+    def metric_names(self, adapter: str = "", namespaces: Sequence[str] = ()) -> list[str]:
+        """The metrics that checkpoints have, the most common first.
+
+        Args:
+            adapter: of this one only.
+            namespaces: those that may be seen; none: all.
+
+        Raises:
+            UnknownAdapter: no adapter of this name, or it may not be seen.
+        """
+        with self._workspace.reading() as catalog:
+            return catalog.overview.metric_names(AdapterName.parse(adapter) if adapter else None, namespaces)
 
     def resolve(self, text: str) -> Checkpoint:
         """The checkpoint that a reference means.
@@ -437,12 +498,9 @@ class Registry:
             Refused: a check found a reason not to, or they do not go together.
             InvalidRecipe: the mixture makes no sense.
         """
-        from registry import merging, mixing
+        from registry.merging import plan
 
-        mixing.check_bases(checkpoints)
-        examined = [self._examine(each, progress=progress) for each in checkpoints]
-        joint = mixing.together(self._workspace, examined, mixture or mixing.Mixture(), allow_lossy=allow_lossy)
-        return merging.plan_merge(self._workspace, joint, dtype)
+        return plan(self._workspace, checkpoints, mixture, dtype=dtype, allow_lossy=allow_lossy, progress=progress)
 
     def combine(
         self,
@@ -498,6 +556,117 @@ class Registry:
             job = self.follow_job(self.start_merge(planned, note).id, progress)
             return from_json(merging.MergeResult, job.result)
         return merging.merge(self._workspace, planned, out=out, note=note, progress=progress)
+
+    # -- repositories
+
+    def load(
+        self,
+        checkpoint: Checkpoint | str,
+        *,
+        merged: bool = False,
+        device: Device = "auto",
+        dtype: LoadedDType = "auto",
+    ) -> Any:
+        """A model in memory, ready to be called. Nothing is written but copies of files that are not on this machine, once, to `home`.
+
+        Args:
+            checkpoint: which, or a reference to it.
+            merged: merge it into the base, in memory; else the adapter is on the base as it is.
+            device: cpu, cuda or mps; `auto` takes a GPU where there is one.
+            dtype: float32, bfloat16 or float16; `auto` is that of the base model's files.
+
+        Returns:
+            For a base of transformers, its model: a `peft.PeftModel` with the adapter active, or merged, a plain one. For a base of litgpt, a
+            `litgpt.GPT`, with the adapter working on its layers, or merged.
+
+        Raises:
+            InvalidReference, NotFound, Ambiguous: as `resolve`.
+            MissingPackage: transformers and peft, or litgpt, are not installed.
+            OutOfMemory: it does not fit.
+            PathNotFound, BaseChanged: the base model is not where or not what it was.
+            Refused: the checkpoint does not fit its base, or cannot be merged.
+        """
+        from registry.inference import load_model
+
+        found = self.resolve(checkpoint) if isinstance(checkpoint, str) else checkpoint
+        return load_model(self, found, merged=merged, device=device, dtype=dtype)
+
+    def repositories(self, search: str = "", limit: int = 100, namespaces: Sequence[str] = ()) -> list[RepositoryLine]:
+        """What clients of the Hugging Face Hub find here: adapters, their merged models, base models and recipes; the latest first.
+
+        Args:
+            search: only those with this text in their ids, in any case.
+            limit: the most to give, up to 100 000.
+            namespaces: those that may be seen; none: all.
+
+        Raises:
+            InvalidInput: the limit is not acceptable.
+        """
+        return self._shelf().listed(search, limit, namespaces)
+
+    def repository(self, id_: str, revision: str = "main", namespaces: Sequence[str] = ()) -> Repository:
+        """What an id means at a revision, as clients of the Hub ask for it; see `registry.repository_ids`.
+
+        Args:
+            id_: an adapter's name, `name-merged`, `name-v3`, `name-v3-merged`, a base model's name, `base-…` or `merged-…`.
+            revision: `main`, a commit, or what may follow the `@` of a reference.
+            namespaces: those that may be seen; none: all.
+
+        Raises:
+            UnknownRepository: nothing answers to the id, or it cannot be merged; tells why.
+            UnknownRevision: it has no such revision, or a commit can be made no longer.
+            Conflict: the id means two things.
+            Ambiguous: the beginning of a digest fits several.
+            UnknownMetric, DirectionUnknown: the best cannot be told.
+            Unreachable: the base model of a merged one is not where it was recorded.
+        """
+        return self._shelf().find(id_, revision, namespaces)
+
+    def repository_refs(self, id_: str, namespaces: Sequence[str] = ()) -> list[RepositoryRef]:
+        """The names that a repository's states have: `main`, aliases, environments; and versions.
+
+        Raises:
+            UnknownRepository, Conflict, Ambiguous, Unreachable: as `repository`.
+        """
+        return self._shelf().refs(id_, namespaces)
+
+    def read_file(
+        self, repository: Repository, path: str, start: int = 0, end: int | None = None
+    ) -> Iterator[bytes | memoryview]:
+        """Bytes `start … end` of a file of a repository, in pieces of a few MiB, each valid until the next.
+
+        Args:
+            repository: whose.
+            path: one of its files.
+            start, end: in bytes; what is beyond the end is not there.
+
+        Raises:
+            PathNotFound: it has no such file.
+            UnknownRepository, UnknownRevision: it is gone.
+            Unreachable: its base model is not where it was recorded.
+            Changed: a file of the base model is not the recorded one: at once, or while reading.
+            NotFinite: while reading: a merged value overflows.
+        """
+        return self._shelf().read(repository, path, start, end)
+
+    def save_recipe(self, planned: Planned, note: str = "") -> Repository:
+        """Keep the recipe of a plan without carrying it out: whoever asks for its model gets it computed.
+
+        One that is kept already stays as it is.
+        """
+        from registry.repositories import save_recipe
+
+        return self.repository(save_recipe(self._workspace, planned, note).repository)
+
+    def recipes(self) -> list[KeptRecipe]:
+        """The recipes that are kept, the oldest first."""
+        with self._workspace.reading() as catalog:
+            return catalog.recipes.all()
+
+    def _shelf(self) -> Repositories:
+        from registry.repositories import Repositories
+
+        return self._kept.get("repositories", lambda: Repositories(self._workspace))
 
     # -- background work
 
@@ -656,16 +825,34 @@ class Registry:
 
     # -- ship
 
-    def ship(self, subject: Checkpoint | Merged, environment: str, note: str = "") -> Shipment:
-        """Record that a checkpoint, or the merged model made of it, went live."""
+    def ship(self, subject: Checkpoint | Merged, environment: str, note: str = "", *, override: str = "") -> Shipment:
+        """Record that a checkpoint, or the merged model made of it, went live.
+
+        Args:
+            subject: what; of a merged model its first checkpoint counts.
+            environment: where.
+            note: kept with the record.
+            override: why it is shipped although the adapter's policy is against it; recorded where it is.
+
+        Raises:
+            BelowPolicy: the adapter's policy guards the environment, and the checkpoint fails it.
+        """
+        from registry.choosing import check_good_enough, objections
+
         with self._workspace.writing() as change:
             merged = subject if isinstance(subject, Merged) else None
             name = subject.checkpoints[0] if isinstance(subject, Merged) else subject.ref
             checkpoint = change.catalog.checkpoints.resolve(CheckpointRef.parse(name))
+            failed = objections(change.catalog, checkpoint, environment)
+            check_good_enough(failed, checkpoint, environment, override)
+            said = f"{note} (against the policy: {override.strip()})".strip() if failed else note
             shipment = change.catalog.shipments.add(
-                check_label(environment), checkpoint, merged, note=note, author=change.author, at=change.at
+                check_label(environment), checkpoint, merged, note=said, author=change.author, at=change.at
             )
-            change.record("ship", checkpoint.ref, environment=environment, merged=merged.digest.hex if merged else "")
+            against = {"override": override.strip(), "failures": failed} if failed else {}
+            change.record(
+                "ship", checkpoint.ref, environment=environment, merged=merged.digest.hex if merged else "", **against
+            )
             return shipment
 
     def shipped(self, environment: str | None = None, at: datetime | None = None) -> list[Shipment]:
@@ -712,6 +899,83 @@ class Registry:
             )
             change.record("rollback", checkpoint.ref, environment=environment, before=current.checkpoint)
             return current, restored
+
+    # -- choose by policy
+
+    def set_policy(self, adapter: str, text: str) -> KeptPolicy | None:
+        """Say what makes a checkpoint of an adapter good enough; see `registry.policies`. Gives what was said before.
+
+        Raises:
+            InvalidInput: the text is no policy.
+            UnknownAdapter: no adapter of this name.
+        """
+        from registry.policies import parse_policy
+
+        parse_policy(text)
+        name = AdapterName.parse(adapter)
+        with self._workspace.writing() as change:
+            before = change.catalog.policies.set(name, text, author=change.author, at=change.at)
+            change.record("policy.set", str(name), policy=text, before=before.text if before else "")
+            return before
+
+    def policy(self, adapter: str) -> KeptPolicy:
+        """The policy of an adapter.
+
+        Raises:
+            UnknownPolicy: it has none.
+        """
+        with self._workspace.reading() as catalog:
+            found = catalog.policies.find(AdapterName.parse(adapter))
+        if found is None:
+            raise UnknownPolicy(adapter)
+        return found
+
+    def policies(self) -> list[KeptPolicy]:
+        """Every policy, by adapter."""
+        with self._workspace.reading() as catalog:
+            return catalog.policies.all()
+
+    def remove_policy(self, adapter: str) -> KeptPolicy:
+        """Take the policy of an adapter away; gives it.
+
+        Raises:
+            UnknownPolicy: it has none.
+        """
+        name = AdapterName.parse(adapter)
+        with self._workspace.writing() as change:
+            before = change.catalog.policies.remove(name)
+            change.record("policy.remove", str(name), policy=before.text)
+            return before
+
+    def select(self, adapter: str, policy: str = "") -> Selection:
+        """Judge the checkpoints of an adapter by a policy, its own where none is given; see `registry.policies.select`.
+
+        Raises:
+            UnknownAdapter: no adapter of this name.
+            UnknownPolicy: it has no policy, and none was given.
+            MixedData: the objective was measured on different data.
+        """
+        from registry.policies import parse_policy, select
+
+        text = policy or self.policy(adapter).text
+        return select(parse_policy(text), self.checkpoints(adapter))
+
+    def keep(self, adapter: str, rule: str, *, dry_run: bool = True) -> Retained:
+        """Remove the checkpoints of an adapter that are not worth keeping; see `registry.retention`.
+
+        Args:
+            adapter: whose.
+            rule: what is worth keeping.
+            dry_run: only say what would be removed.
+
+        Raises:
+            InvalidInput: the rule is none.
+            UnknownAdapter: no adapter of this name.
+            UnknownMetric, DirectionUnknown, MixedData: the best cannot be told.
+        """
+        from registry.choosing import keep
+
+        return keep(self._workspace, adapter, rule, dry_run=dry_run)
 
     # -- let others in
 

@@ -15,7 +15,8 @@ import platformdirs
 
 from registry.errors import InvalidSetting
 
-_KEYS = ("database_url", "store", "user", "server", "webhook_allow")
+_KEYS = ("database_url", "store", "user", "server", "webhook_allow", "cache_bytes")
+CACHE_BYTES = 256 << 20
 SETTINGS_FILE, CREDENTIALS_FILE = "config.toml", "credentials.json"
 
 
@@ -26,7 +27,8 @@ class Settings:
     `home` holds the database, the store, caches and the journals of running merges. `database_url` and `store_url` default to places
     inside it. `author` signs what is recorded. `hub_cache` is where the Hugging Face Hub's client keeps what it downloaded. `server` is the
     URL of a server that has the registry, empty when this process opens it itself; `token` is what it wants to see. `webhook_allow` are hosts
-    and networks that webhooks may reach although they are not on the Internet. `origins` tells of each setting where it was found.
+    and networks that webhooks may reach although they are not on the Internet. `cache_bytes` is the memory for blocks of merged models that are
+    computed while they are read. `origins` tells of each setting where it was found.
     """
 
     home: Path
@@ -37,6 +39,7 @@ class Settings:
     server: str = ""
     token: str = field(default="", repr=False)
     webhook_allow: tuple[str, ...] = ()
+    cache_bytes: int = CACHE_BYTES
     origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -55,14 +58,14 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
-        """Read `CKPT_HOME`, `CKPT_DATABASE_URL`, `CKPT_STORE`, `CKPT_USER`, `CKPT_SERVER`, `CKPT_WEBHOOK_ALLOW`; then `config.toml` for what
-        is unset, which lies in the home.
+        """Read `CKPT_HOME`, `CKPT_DATABASE_URL`, `CKPT_STORE`, `CKPT_USER`, `CKPT_SERVER`, `CKPT_WEBHOOK_ALLOW`, `CKPT_CACHE_BYTES`;
+        then `config.toml` for what is unset, which lies in the home.
 
         The token is `CKPT_TOKEN`, or what `ckpt login` kept for the server. A database in the environment goes before a server in the file.
         Where the Hub's client keeps its files is read as that client does (`HF_HUB_CACHE`, `HF_HOME`, `XDG_CACHE_HOME`).
 
         Raises:
-            InvalidSetting: the file is not TOML, or has a key that means nothing.
+            InvalidSetting: the file is not TOML, or has a key that means nothing; or a number is none.
         """
         place = environment.get("CKPT_HOME") or platformdirs.user_data_path("ckpt", appauthor=False)
         home = Path(os.path.abspath(os.path.expanduser(place)))
@@ -87,8 +90,15 @@ class Settings:
             server=server,
             token=environment.get("CKPT_TOKEN") or (_kept_token(home, server) if server else ""),
             origins={key: origin(key) for key in ("home", *_KEYS)},
+            cache_bytes=_number("cache_bytes", choose("cache_bytes", str(CACHE_BYTES))),
             webhook_allow=tuple(part.strip() for part in choose("webhook_allow", "").split(",") if part.strip()),
         )
+
+
+def _number(key: str, text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise InvalidSetting(key, text, "expected a whole number")
+    return int(text)
 
 
 def _kept_token(home: Path, server: str) -> str:

@@ -8,12 +8,14 @@ which of an upload have arrived, so that one that was cut goes on.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 
 from registry.base_models import AddedBase, receive_base
+from registry.codec import from_json, plain
 from registry.db.leases import Part
 from registry.errors import BlobSwept, Conflict, CorruptFile, DamagedBlob, InvalidInput
 from registry.manifest import BaseModel, FileEntry
@@ -74,11 +76,85 @@ def _store(workspace: Workspace, digest: Digest | None, data: Iterable[bytes]) -
     return FileEntry(path=blob.digest.hex, size_bytes=blob.size_bytes, digest=blob.digest, sha256=blob.sha256)
 
 
-def _lease(workspace: Workspace, holder: str, entry: FileEntry) -> None:
+def _lease(workspace: Workspace, holder: str, entry: FileEntry, *others: str) -> None:
     with workspace.writing() as change:
         workspace.check_stored([entry])
         change.catalog.blobs.add([entry])
-        change.catalog.leases.take(holder, [entry.digest], change.catalog.vitals.now() + LEASE)
+        for each in (holder, *others):
+            change.catalog.leases.take(each, [entry.digest], change.catalog.vitals.now() + LEASE)
+
+
+# -- files that others name by their SHA-256, or not at all
+
+
+def receive_unnamed(
+    workspace: Workspace, principal: Principal, data: Iterable[bytes], *, sha256: str = ""
+) -> FileEntry:
+    """Store a blob whose digest nobody has told; its path is that digest.
+
+    Args:
+        principal: who sends it, and may name it for a day.
+        data: its bytes.
+        sha256: what they are to have, 64 hex digits: `sent` finds it by that; empty where it is not known.
+
+    Raises:
+        DamagedBlob: the bytes have another SHA-256.
+        BlobSwept: a sweep took what was just stored; again is fine.
+        StorageFailed: the store does not take them.
+    """
+    entry = _store(workspace, None, data)
+    if sha256 and entry.sha256 != sha256:
+        raise DamagedBlob("upload", f"sha256:{sha256}", f"sha256:{entry.sha256}")
+    _lease(workspace, principal.name, entry, *([_sent(principal, sha256)] if sha256 else []))
+    return entry
+
+
+def sent(workspace: Workspace, principal: Principal, sha256: str) -> FileEntry | None:
+    """The blob of this SHA-256 that somebody sent within the last day; None if there is none."""
+    with workspace.reading() as catalog:
+        held = catalog.leases.of(_sent(principal, sha256), catalog.vitals.now())
+        return next(iter(catalog.leases.recorded(held).values()), None)
+
+
+def _sent(principal: Principal, sha256: str) -> str:
+    return f"{principal.name} sent {sha256}"
+
+
+# -- files that wait for the rest of their checkpoint
+
+
+def waiting(workspace: Workspace, principal: Principal, adapter: str) -> tuple[FileEntry, ...] | None:
+    """The files that somebody has sent for an adapter's next checkpoint within the last day, perhaps none yet; None if nothing is awaited."""
+    with workspace.reading() as catalog:
+        held = catalog.leases.of(_waits(principal, adapter), catalog.vitals.now())
+    if not held:
+        return None
+    with workspace.store.open(held.pop()) as stream:
+        return from_json(tuple[FileEntry, ...], json.load(stream))
+
+
+def keep_waiting(workspace: Workspace, principal: Principal, adapter: str, files: Sequence[FileEntry]) -> None:
+    """Keep files that somebody has sent for an adapter's next checkpoint, for a day, instead of those of before.
+
+    Raises:
+        BlobSwept, StorageFailed: as `receive_unnamed`.
+    """
+    holder, entry = _waits(principal, adapter), _store(workspace, None, [json.dumps(plain(files)).encode()])
+    with workspace.writing() as change:
+        change.catalog.leases.release(holder)
+        _lease(workspace, holder, entry)
+        until = change.catalog.vitals.now() + LEASE
+        change.catalog.leases.take(principal.name, {each.digest for each in files}, until)
+
+
+def stop_waiting(workspace: Workspace, principal: Principal, adapter: str) -> None:
+    """Await nothing any more for an adapter's next checkpoint."""
+    with workspace.writing() as change:
+        change.catalog.leases.release(_waits(principal, adapter))
+
+
+def _waits(principal: Principal, adapter: str) -> str:
+    return f"{principal.name} pushes {adapter}"
 
 
 # -- large files

@@ -43,6 +43,58 @@ def _direction(error: errors.DirectionUnknown) -> tuple[str, str]:
     return f"is a lower or a higher {error.metric} better?", "say --min or --max"
 
 
+def _mixed(error: errors.MixedData) -> tuple[str, str]:
+    named = " and ".join(each[:12] if each else "data that nobody named" for each in error.data)
+    return (
+        f"{error.metric} was measured on different data: {named}",
+        "compare those of one: --where, or measure the others again with `ckpt eval`",
+    )
+
+
+def _below(error: errors.BelowPolicy) -> tuple[str, str]:
+    return (
+        f"{error.checkpoint} is not good enough for {error.environment}: {'; '.join(error.failures)}",
+        "`ckpt select` says which is; --override REASON ships it all the same, and the reason is recorded",
+    )
+
+
+def _no_template(error: errors.NoChatTemplate) -> tuple[str, str]:
+    return (
+        f"{error.name} has no chat template, nor has its base model",
+        "put chat_template.jinja beside the base model's tokenizer, or use `ckpt generate`, which takes text as it is",
+    )
+
+
+def _no_tokenizer(error: errors.NoTokenizer) -> tuple[str, str]:
+    return (
+        f"{error.name} has no tokenizer, nor has its base model",
+        "put the tokenizer's files beside the base model's weights",
+    )
+
+
+def _no_state(error: errors.NoTrainerState) -> tuple[str, str]:
+    return (
+        f"{error.name} was registered without {', '.join(error.missing)}: its trainer cannot go on where it was",
+        "--weights-only begins anew with its weights; `ckpt register --with-state` keeps the rest next time",
+    )
+
+
+def _program(error: errors.ProgramFailed) -> tuple[str, str]:
+    return (
+        f"{error.program} on {error.subject}: {error.reason}",
+        "it is to print a JSON object of numbers as its last line; what others have measured is kept",
+    )
+
+
+def _no_memory(error: errors.OutOfMemory) -> tuple[str, str]:
+    smaller = "--dtype bfloat16 takes half of float32" + ("" if error.device == "cpu" else ", --device cpu the CPU's")
+    return f"{error.device} has not enough memory for {error.what}", smaller
+
+
+def _unknown_policy(error: errors.UnknownPolicy) -> tuple[str, str]:
+    return f"{error.name} has no policy", f'`ckpt policy set {error.name} "eval_loss min, accuracy >= 0.8"` sets one'
+
+
 def _missing_package(error: errors.MissingPackage) -> tuple[str, str]:
     return f"this needs {error.package}, which is not installed", f"pip install 'ckpt-registry[{error.extra}]'"
 
@@ -50,6 +102,17 @@ def _missing_package(error: errors.MissingPackage) -> tuple[str, str]:
 def _unknown(error: errors.NotFound) -> tuple[str, str]:
     near = f"did you mean {' or '.join(error.near[:3])}?" if error.near else "`ckpt list` shows what there is"
     return f"no {error.kind} {error.name!r}", near
+
+
+def _unknown_repository(error: errors.UnknownRepository) -> tuple[str, str]:
+    if error.reason:
+        return f"there is no repository {error.name!r}: {error.reason}", "`ckpt check REF` tells all that is found"
+    near = (
+        f"did you mean {' or '.join(error.near[:3])}?"
+        if error.near
+        else "adapters, base models, and adapter-merged are"
+    )
+    return f"no repository {error.name!r}", near
 
 
 def _unknown_webhook(error: errors.UnknownWebhook) -> tuple[str, str]:
@@ -145,6 +208,10 @@ def _refused(error: errors.Refused) -> tuple[str, str]:
     return f"{error.report.checkpoint} {verb} {error.report.base}", "every finding is above"
 
 
+def _not_servable(error: errors.NotServable) -> tuple[str, str]:
+    return f"{error.engine} cannot serve {error.checkpoint}: {error.reason}", error.advice
+
+
 def _not_convertible(error: errors.NotConvertible) -> tuple[str, str]:
     shown = [*error.reasons[:8], *(f"and {len(error.reasons) - 8} more" for _ in error.reasons[8:9])]
     return f"{error.subject} cannot be written as {error.target}\n  " + "\n  ".join(shown), "nothing was written"
@@ -234,16 +301,26 @@ _TABLE: Mapping[type, _Explain] = {
     errors.InvalidReference: _reference,
     errors.InvalidFilter: _filter,
     errors.DirectionUnknown: _direction,
+    errors.MixedData: _mixed,
+    errors.BelowPolicy: _below,
+    errors.UnknownPolicy: _unknown_policy,
+    errors.NoTokenizer: _no_tokenizer,
+    errors.NoTrainerState: _no_state,
+    errors.NoChatTemplate: _no_template,
+    errors.OutOfMemory: _no_memory,
+    errors.ProgramFailed: _program,
     errors.MissingPackage: _missing_package,
     errors.NotFound: _unknown,
     errors.PathNotFound: _unknown_path,
     errors.UnknownBase: _unknown_base,
+    errors.UnknownRepository: _unknown_repository,
     errors.UnknownWebhook: _unknown_webhook,
     errors.UnknownSignature: _unknown_signature,
     errors.UnknownMetric: _unknown_metric,
     errors.UnknownEnvironment: _unknown_environment,
     errors.Ambiguous: _ambiguous,
     errors.Refused: _refused,
+    errors.NotServable: _not_servable,
     errors.NotConvertible: _not_convertible,
     errors.NothingMerged: _nothing,
     errors.NotFinite: _not_finite,

@@ -19,8 +19,13 @@ from registry.db.jobs import Jobs
 from registry.db.leases import Leases
 from registry.db.merged import MergedModels
 from registry.db.needs import Needs
+from registry.db.overview import Overview
+from registry.db.policies import Policies
+from registry.db.recipes import Recipes
 from registry.db.replies import Replies
+from registry.db.repositories import Repositories
 from registry.db.shipments import Shipments
+from registry.db.sign_ins import SignIns
 from registry.db.signatures import Signatures
 from registry.db.tokens import Tokens
 from registry.db.vitals import Vitals
@@ -33,8 +38,11 @@ class Catalog:
 
     def __init__(self, session: Session) -> None:
         self.checkpoints = Checkpoints(session)
+        self.overview = Overview(session)
         self.bases = Bases(session)
         self.merged = MergedModels(session)
+        self.recipes = Recipes(session)
+        self.repositories = Repositories(session)
         self.shipments = Shipments(session)
         self.blobs = Blobs(session)
         self.needs = Needs(session)
@@ -44,6 +52,8 @@ class Catalog:
         self.jobs = Jobs(session)
         self.webhooks = Webhooks(session)
         self.signatures = Signatures(session)
+        self.policies = Policies(session)
         self.tokens = Tokens(session)
+        self.sign_ins = SignIns(session)
         self.leases = Leases(session)
         self.replies = Replies(session)

@@ -41,6 +41,7 @@ def metric_values(row_id: int, metric: Metric, author: str, at: datetime, *, is_
         "value": metric.value,
         "step": metric.step,
         "split": metric.split,
+        "data": metric.data,
         "direction": metric.direction,
         "recorded_at": at,
         "author": author,
@@ -122,14 +123,15 @@ def _metrics(session: Session, chosen: Chosen) -> Mapping[int, Sequence[Metric]]
             MetricRow.step,
             MetricRow.split,
             MetricRow.direction,
+            MetricRow.data,
         )
         .where(MetricRow.checkpoint_id.in_(chosen))
         .order_by(MetricRow.id)
     )
     found = defaultdict[int, list[Metric]](list)
-    for owner, name, value, step, split, direction in rows:
+    for owner, name, value, step, split, direction, data in rows:
         better = cast("Direction | None", direction)
-        found[owner].append(Metric(name=name, value=value, step=step, split=split, direction=better))
+        found[owner].append(Metric(name=name, value=value, step=step, split=split, direction=better, data=data))
     return found
 
 

@@ -28,6 +28,8 @@ from registry.db.tables import (
     NoteRow,
     OriginRow,
     ParentRow,
+    RecipeInputRow,
+    RecipeRow,
     ShipmentRow,
     TagRow,
 )
@@ -222,7 +224,7 @@ class Checkpoints:
         """Delete a checkpoint with its metrics, notes and tags. Its version is never given again.
 
         Raises:
-            InUse: names every alias, shipment, merged model and checkpoint made of it that needs it.
+            InUse: names every alias, shipment, merged model, kept recipe and checkpoint made of it that needs it.
             UnknownCheckpoint: it is gone already.
         """
         row_id, adapter_id = self._place(checkpoint)
@@ -233,6 +235,15 @@ class Checkpoints:
             update(AdapterRow).where(AdapterRow.id == adapter_id).values(checkpoints=AdapterRow.checkpoints - 1)
         )
         self._session.execute(delete(CheckpointRow).where(CheckpointRow.id == row_id))
+
+    def uses(self, checkpoint: Checkpoint) -> list[str]:
+        """Everything that needs a checkpoint, for people: aliases, shipments, merged models, kept recipes, and checkpoints made
+        of it.
+
+        Raises:
+            UnknownCheckpoint: removed meanwhile.
+        """
+        return self._uses(self._place(checkpoint)[0])
 
     def _uses(self, row_id: int) -> list[str]:
         aliases = self._session.scalars(
@@ -248,10 +259,16 @@ class Checkpoints:
             .where(MergedRow.id.in_(select(MergedInputRow.merged_id).where(MergedInputRow.checkpoint_id == row_id)))
             .order_by(MergedRow.id)
         )
+        recipes = self._session.scalars(
+            select(RecipeRow.digest)
+            .where(RecipeRow.id.in_(select(RecipeInputRow.recipe_id).where(RecipeInputRow.checkpoint_id == row_id)))
+            .order_by(RecipeRow.id)
+        )
         return [
             *(f"alias {name}" for name in aliases),
             *(f"shipment {number} to {environment}" for number, environment in shipments),
             *(f"merged model {digest[:12]}" for digest in merged),
+            *(f"recipe merged-{digest[:12]}" for digest in recipes),
             *(f"{child}, which was made of it" for child in self._children(row_id)),
         ]
 

@@ -23,6 +23,7 @@ class _Key(NamedTuple):
     name: str
     split: str
     direction: str
+    data: str
 
 
 def count_metrics(session: Session, measured: Iterable[tuple[int, Sequence[Metric]]]) -> None:
@@ -30,7 +31,7 @@ def count_metrics(session: Session, measured: Iterable[tuple[int, Sequence[Metri
     present, finite = Counter[_Key](), Counter[_Key]()
     for adapter_id, metrics in measured:
         for metric in {each.name: each for each in metrics}.values():
-            key = _Key(adapter_id, metric.name, metric.split, metric.direction or "")
+            key = _Key(adapter_id, metric.name, metric.split, metric.direction or "", metric.data)
             present[key] += 1
             finite[key] += math.isfinite(metric.value)
     rows = [{**key._asdict(), "checkpoints": present[key], "finite": finite[key]} for key in present]
@@ -52,12 +53,12 @@ def count_metrics(session: Session, measured: Iterable[tuple[int, Sequence[Metri
 def discount_metrics(session: Session, adapter_id: int, *which: ColumnElement[bool]) -> None:
     """Count current metrics of checkpoints of an adapter no longer, before they go or are outdated."""
     rows = session.execute(
-        select(MetricRow.name, MetricRow.split, func.coalesce(MetricRow.direction, ""), MetricRow.value).where(
-            MetricRow.is_current, *which
-        )
+        select(
+            MetricRow.name, MetricRow.split, func.coalesce(MetricRow.direction, ""), MetricRow.data, MetricRow.value
+        ).where(MetricRow.is_current, *which)
     ).all()
-    for name, split, direction, value in rows:
-        key = _Key(adapter_id, name, split, direction)
+    for *found, value in rows:
+        key = _Key(adapter_id, *found)
         session.execute(
             update(AdapterMetricRow)
             .where(*(getattr(AdapterMetricRow, field) == wanted for field, wanted in key._asdict().items()))

@@ -76,6 +76,11 @@ class Leases:
             found |= {Digest(text) for text in self._session.scalars(mine)}
         return found
 
+    def of(self, holder: str, now: datetime) -> set[Digest]:
+        """The blobs that a holder has a lease on at a time."""
+        mine = select(LeaseRow.digest).where(LeaseRow.holder == holder, LeaseRow.expires_at > now)
+        return {Digest(text) for text in self._session.scalars(mine)}
+
     def parts(self, upload: str, now: datetime) -> list[Part]:
         """The parts of an upload, by number: blobs whose holder is the upload's with the number behind it."""
         rows = self._session.execute(

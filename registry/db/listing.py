@@ -54,7 +54,7 @@ class Scope:
         Raises:
             UnknownAdapter: the adapter has no checkpoint, or is in another namespace.
         """
-        conditions = [] if self.where is None else [passes(self.where), *_narrowed(session, self.where)]
+        conditions = [] if self.where is None else [passes(self.where), *narrowed(session, self.where)]
         if self.adapter is not None:
             found = session.scalar(select(AdapterRow.id).where(*self.adapters(), AdapterRow.checkpoints > 0))
             if found is None:
@@ -66,7 +66,7 @@ class Scope:
         return conditions
 
 
-def _narrowed(session: Session, where: Filter) -> list[Condition]:
+def narrowed(session: Session, where: Filter) -> list[Condition]:
     """What a filter implies, where few pass a part of it: start from those instead of looking at one checkpoint after the other.
 
     SQLite never does so by itself, and PostgreSQL only where its statistics happen to say that they are few.
@@ -195,10 +195,14 @@ def _by_metric(name: str, descending: bool) -> _Order:
     )
 
 
-def finite_metric(name: str) -> tuple[Condition, ...]:
-    """That a metric's row is the current one of its name, and neither NaN nor infinite."""
-    value = MetricRow.value
-    return MetricRow.name == name, MetricRow.is_current.expression, value >= -LARGEST, value <= LARGEST
+def finite_metric(name: str, *, of_few: bool = False) -> tuple[Condition, ...]:
+    """That a metric's row is the current one of its name, and neither NaN nor infinite.
+
+    `of_few`: said so that no index leads from the name to the row. Where few checkpoints are looked at, SQLite, which knows nothing of how many
+    values there are, would go through everybody's instead.
+    """
+    value, named = MetricRow.value, MetricRow.name + "" if of_few else MetricRow.name
+    return named == name, MetricRow.is_current.expression, value >= -LARGEST, value <= LARGEST
 
 
 def _cursor(place: _Place, sort: str) -> str:

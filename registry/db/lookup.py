@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
-from sqlalchemy import ColumnElement, and_, case, select
+from sqlalchemy import ColumnElement, ScalarSelect, and_, case, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from registry.db.tables import AdapterRow, CheckpointRow
@@ -52,6 +52,18 @@ def adapter_text() -> ColumnElement[str]:
     """The name of an adapter as people write it."""
     whole: ColumnElement[str] = AdapterRow.namespace + "/" + AdapterRow.name
     return case((AdapterRow.namespace == "", AdapterRow.name), else_=whole)
+
+
+def newest_of_adapter() -> ScalarSelect[int]:
+    """The id of the newest checkpoint of an adapter, to be asked for beside its row."""
+    return (
+        select(CheckpointRow.id)
+        .where(CheckpointRow.adapter_id == AdapterRow.id)
+        .order_by(CheckpointRow.version.desc())
+        .limit(1)
+        .correlate(AdapterRow)
+        .scalar_subquery()
+    )
 
 
 def ref(namespace: str, name: str, version: int) -> str:

@@ -43,6 +43,10 @@ class MergedModels:
         """The result of a recipe, by the recipe's digest, or None."""
         return next(iter(self._load(MergedRow.recipe_digest == recipe.hex)), None)
 
+    def of_recipes(self, prefix: str) -> list[Merged]:
+        """The results of recipes whose digests begin with some hex digits."""
+        return self._load(starts_with(MergedRow.recipe_digest, prefix))
+
     def resolve(self, text: str) -> Merged:
         """A merged model by its digest or a prefix of it (at least 6 hex digits). Of several with the same bytes, the oldest.
 

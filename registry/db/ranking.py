@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import ColumnElement, Select, case, func, select
 from sqlalchemy.orm import Session
 
 from registry.db.checkpoint_rows import load_each
-from registry.db.listing import LARGEST, Scope, finite_metric
+from registry.db.listing import LARGEST, Scope, finite_metric, narrowed
 from registry.db.lookup import adapter_text
 from registry.db.tables import AdapterMetricRow, AdapterRow, CheckpointRow, MetricRow
 from registry.manifest import Checkpoint, Direction
-from registry.selection import Group, Grouping, Ranking, Tally, choose, group_key
+from registry.selection import Group, Grouping, Ranking, Tally, choose, group_key, known_direction
+
+_FEW = 5000
 
 
 def rank(
@@ -32,7 +35,9 @@ def rank(
     if not any(tally.finite for tally in counted):  # then others are suggested
         counted = _tallies(session, scope, conditions, None)
     basis = choose(counted, candidates, metric=metric, direction=direction, top=top)
-    statement = _ranked(conditions, basis.metric, basis.direction)
+    ranked = sum(tally.finite for tally in counted if tally.name == basis.metric)
+    of_few = scope.adapter is not None and ranked <= _FEW
+    statement = _ranked(conditions, basis.metric, basis.direction, of_few=of_few)
     ids = _first(statement, top) if per is None else _first_of_each(statement, per, top)
     found = load_each(session, list(session.scalars(ids)))
     return Ranking(
@@ -41,6 +46,44 @@ def rank(
         groups=_groups(found, per),
         candidates=candidates,
         without=basis.without,
+    )
+
+
+def foremost(session: Session, scope: Scope, metric: str, front: int) -> Checkpoint | None:
+    """The best by a metric, found without counting what passes the filter.
+
+    None where there is none, where nobody says which way is better, where it was measured on different data, and where a filter that many
+    pass lets none of the best through, `front` of them.
+    """
+    counted = [each for each in _tallies(session, replace(scope, where=None), (), metric) if each.finite]
+    direction = known_direction(metric, counted)
+    if direction is None or len({tally.data for tally in counted}) != 1:
+        return None
+    conditions, candidates = scope.conditions(session), sum(tally.finite for tally in counted)
+    if scope.where is not None and scope.adapter is None and candidates > front and not narrowed(session, scope.where):
+        statement = _first_of_front(conditions, metric, direction, front)
+    else:
+        of_few = scope.where is not None or (scope.adapter is not None and candidates <= _FEW)
+        statement = _first(_ranked(conditions, metric, direction, of_few=of_few), 1)
+    found = list(session.scalars(statement))
+    return load_each(session, found)[0] if found else None
+
+
+def _first_of_front(
+    conditions: Sequence[ColumnElement[bool]], metric: str, direction: Direction, front: int
+) -> Select[int]:
+    """The id of the best of those that pass, from among the best `front` of all. They are a table of their own: otherwise SQLite goes on
+    through all the others."""
+    value = MetricRow.value.asc() if direction == "lower" else MetricRow.value.desc()
+    statement = select(MetricRow.checkpoint_id, MetricRow.value).where(*finite_metric(metric))
+    found = statement.order_by(value).limit(front).subquery()
+    return (
+        select(CheckpointRow.id)
+        .join_from(CheckpointRow, found, found.c.checkpoint_id == CheckpointRow.id)
+        .join(AdapterRow)
+        .where(*conditions)
+        .order_by(*_best_first(found.c.value, direction))
+        .limit(1)
     )
 
 
@@ -65,14 +108,14 @@ def _tallies(
     """The counts of all metrics, or of one."""
     statement = _kept_tallies(scope, metric) if scope.where is None else _counted_tallies(conditions, metric)
     return [
-        Tally(name, split, direction or None, int(checkpoints), int(finite))
-        for name, split, direction, checkpoints, finite in session.execute(statement)
+        Tally(name, split, direction or None, data, int(checkpoints), int(finite))
+        for name, split, direction, data, checkpoints, finite in session.execute(statement)
     ]
 
 
 def _kept_tallies(scope: Scope, metric: str | None) -> Select[*tuple[Any, ...]]:
     """The counts that are kept of every adapter, added up."""
-    key = (AdapterMetricRow.name, AdapterMetricRow.split, AdapterMetricRow.direction)
+    key = (AdapterMetricRow.name, AdapterMetricRow.split, AdapterMetricRow.direction, AdapterMetricRow.data)
     present, finite = func.sum(AdapterMetricRow.checkpoints), func.sum(AdapterMetricRow.finite)
     statement = select(*key, present, finite).group_by(*key).having(present > 0)
     if scope.adapter is not None or scope.namespaces:
@@ -84,27 +127,34 @@ def _kept_tallies(scope: Scope, metric: str | None) -> Select[*tuple[Any, ...]]:
 def _counted_tallies(conditions: Sequence[ColumnElement[bool]], metric: str | None) -> Select[*tuple[Any, ...]]:
     """The counts of the metrics of those checkpoints that pass a filter."""
     finite = func.sum(case((MetricRow.value.between(-LARGEST, LARGEST), 1), else_=0))
+    key = (MetricRow.name, MetricRow.split, MetricRow.direction, MetricRow.data)
     statement = (
-        select(MetricRow.name, MetricRow.split, MetricRow.direction, func.count(), finite)
+        select(*key, func.count(), finite)
         .join_from(CheckpointRow, MetricRow)
         .where(MetricRow.is_current, *conditions)
-        .group_by(MetricRow.name, MetricRow.split, MetricRow.direction)
+        .group_by(*key)
     )
     return statement if metric is None else statement.where(MetricRow.name == metric)
 
 
 def _ranked(
-    conditions: Sequence[ColumnElement[bool]], metric: str, direction: Direction
+    conditions: Sequence[ColumnElement[bool]], metric: str, direction: Direction, *, of_few: bool
 ) -> tuple[Select[int], list[ColumnElement[Any]]]:
-    """The ids of those that can be ranked, and the order of `registry.selection.best`."""
+    """The ids of those that can be ranked, and the order of `registry.selection.best`.
+
+    `of_few`: the conditions leave few.
+    """
     statement = (
         select(CheckpointRow.id)
         .join_from(MetricRow, CheckpointRow)
         .join(AdapterRow)
-        .where(*finite_metric(metric), *conditions)
+        .where(*finite_metric(metric, of_few=of_few), *conditions)
     )
-    value: Any = MetricRow.value
-    return statement, [
+    return statement, _best_first(MetricRow.value, direction)
+
+
+def _best_first(value: Any, direction: Direction) -> list[ColumnElement[Any]]:
+    return [
         value.asc() if direction == "lower" else value.desc(),
         CheckpointRow.step.asc().nulls_last(),
         CheckpointRow.version.asc(),

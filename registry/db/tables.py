@@ -234,7 +234,7 @@ class MetricRow(Table):
     __tablename__ = "metrics"
     __table_args__ = (
         CheckConstraint("direction IN ('lower', 'higher')", "direction_known"),
-        *_at_most(LINE_LENGTH, "name", "split", "author"),
+        *_at_most(LINE_LENGTH, "name", "split", "author", "data"),
         *_not_negative("step"),
         Index(None, "checkpoint_id"),
         Index(None, "checkpoint_id", "name", unique=True, **_CURRENT),
@@ -251,16 +251,17 @@ class MetricRow(Table):
     recorded_at: Mapped[Time]
     author: Mapped[str]
     is_current: Mapped[bool]
+    data: Mapped[str]
 
 
 @final
 class AdapterMetricRow(Table):
-    """How many checkpoints of an adapter have a current metric of a name, split and declared direction (empty for none)."""
+    """How many checkpoints of an adapter have a current metric of a name, split, declared direction (empty for none) and data."""
 
     __tablename__ = "adapter_metrics"
     __table_args__ = (
         CheckConstraint("direction IN ('', 'lower', 'higher')", "direction_known"),
-        *_at_most(LINE_LENGTH, "name", "split"),
+        *_at_most(LINE_LENGTH, "name", "split", "data"),
         *_not_negative("checkpoints", "finite"),
         Index(None, "name"),
     )
@@ -269,6 +270,7 @@ class AdapterMetricRow(Table):
     name: Mapped[str] = mapped_column(primary_key=True)
     split: Mapped[str] = mapped_column(primary_key=True)
     direction: Mapped[str] = mapped_column(primary_key=True)
+    data: Mapped[str] = mapped_column(primary_key=True)
     checkpoints: Mapped[int]
     finite: Mapped[int]
 
@@ -351,6 +353,19 @@ class ParentRow(Table):
     checkpoint_id: Mapped[int] = mapped_column(_part_of("checkpoints.id"), primary_key=True)
     position: Mapped[int] = mapped_column(primary_key=True)
     parent_id: Mapped[int] = mapped_column(_keep("checkpoints.id"))
+
+
+@final
+class PolicyRow(Table):
+    """What makes a checkpoint of an adapter good enough. The text is what was written; `registry.policies` reads it."""
+
+    __tablename__ = "policies"
+    __table_args__ = (*_at_most(TEXT_LENGTH, "text"), *_at_most(LINE_LENGTH, "author"))
+
+    adapter_id: Mapped[int] = mapped_column(_part_of("adapters.id"), primary_key=True)
+    text: Mapped[str]
+    author: Mapped[str]
+    set_at: Mapped[Time]
 
 
 @final
@@ -455,6 +470,40 @@ class MergedLocationRow(Table):
 
 
 @final
+class RecipeRow(Table):
+    """A recipe that is kept without being carried out: whoever asks for its model gets it computed."""
+
+    __tablename__ = "recipes"
+    __table_args__ = (
+        UniqueConstraint("digest"),
+        *_hex("digest"),
+        *_at_most(TEXT_LENGTH, "note"),
+        *_at_most(LINE_LENGTH, "author"),
+        Index(None, "base_id"),
+    )
+
+    id: Mapped[Id]
+    digest: Mapped[Hex]
+    recipe: Mapped[Document]
+    base_id: Mapped[int] = mapped_column(_keep("bases.id"))
+    note: Mapped[str]
+    created_at: Mapped[Time]
+    author: Mapped[str]
+
+
+@final
+class RecipeInputRow(Table):
+    """A checkpoint that a kept recipe needs; `position` counts from 0 in the recipe's order."""
+
+    __tablename__ = "recipe_inputs"
+    __table_args__ = (*_not_negative("position"), Index(None, "checkpoint_id"))
+
+    recipe_id: Mapped[int] = mapped_column(_part_of("recipes.id"), primary_key=True)
+    position: Mapped[int] = mapped_column(primary_key=True)
+    checkpoint_id: Mapped[int] = mapped_column(_keep("checkpoints.id"))
+
+
+@final
 class ShipmentRow(Table):
     """What went live where. Append-only; the id is the shipment's number."""
 
@@ -531,6 +580,20 @@ class TokenRow(Table):
     expires_at: Mapped[Time | None]
     revoked_at: Mapped[Time | None]
     last_used_at: Mapped[Time | None]
+
+
+@final
+class SignInRow(Table):
+    """Somebody who has signed in to the pages. Only the SHA-256 of what their browser keeps is kept here; without a token it is the owner."""
+
+    __tablename__ = "sign_ins"
+    __table_args__ = (UniqueConstraint("secret_sha256"), *_hex("secret_sha256"), Index(None, "expires_at"))
+
+    id: Mapped[Id]
+    secret_sha256: Mapped[Hex]
+    token_id: Mapped[int | None] = mapped_column(_part_of("tokens.id"))
+    created_at: Mapped[Time]
+    expires_at: Mapped[Time]
 
 
 @final

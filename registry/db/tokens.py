@@ -87,17 +87,37 @@ class Tokens:
         row = self._session.scalar(select(TokenRow).where(TokenRow.secret_sha256 == sha256))
         if row is None or not hmac.compare_digest(row.secret_sha256, sha256):
             raise Unauthenticated("the token is not known here")
-        if row.revoked_at is not None:
-            raise Unauthenticated(f"the token {row.name} was revoked")
-        if row.expires_at is not None and row.expires_at <= now:
-            raise Unauthenticated(f"the token {row.name} has expired")
-        return Principal(name=row.name, role=Role(row.role), namespaces=tuple(row.namespaces))
+        return principal_of(row, now)
+
+    def secret_sha256(self, name: str) -> str:
+        """What is kept of a token's text.
+
+        Raises:
+            Unauthenticated: there is none of this name.
+        """
+        found = self._session.scalar(select(TokenRow.secret_sha256).where(TokenRow.name == name))
+        if found is None:
+            raise Unauthenticated("the token is not known here")
+        return found
 
     def note_use(self, names: Sequence[str], at: datetime) -> None:
         """Write down that tokens were used, unless that was done in the last minute."""
         stale = or_(TokenRow.last_used_at.is_(None), TokenRow.last_used_at <= at - USE_NOTED_EVERY)
         for row in self._session.scalars(select(TokenRow).where(TokenRow.name.in_(names), stale)):
             row.last_used_at = at
+
+
+def principal_of(row: TokenRow, now: datetime) -> Principal:
+    """Whose token it is.
+
+    Raises:
+        Unauthenticated: it is expired or revoked.
+    """
+    if row.revoked_at is not None:
+        raise Unauthenticated(f"the token {row.name} was revoked")
+    if row.expires_at is not None and row.expires_at <= now:
+        raise Unauthenticated(f"the token {row.name} has expired")
+    return Principal(name=row.name, role=Role(row.role), namespaces=tuple(row.namespaces))
 
 
 def _called(text: str) -> ColumnElement[bool]:

@@ -21,13 +21,14 @@ from registry.db.tables import (
     ReplyRow,
     ShardRow,
     ShipmentRow,
+    SignInRow,
 )
 from registry.db.tables import Table as Root
 from registry.errors import Changed, Conflict
 
 _BATCH = 1000
 # What is only of passing use: work under way, who holds what, what has been answered or sent.
-_PASSING = (LeaseRow, CondemnedRow, ReplyRow, ShardRow, JobLineRow, JobRow, DeliveryRow)
+_PASSING = (LeaseRow, CondemnedRow, ReplyRow, ShardRow, JobLineRow, JobRow, DeliveryRow, SignInRow)
 _KEPT: tuple[Table, ...] = tuple(
     table for table in Root.metadata.sorted_tables if table not in [each.__table__ for each in _PASSING]
 )

@@ -12,6 +12,7 @@ from registry.errors import CorruptFile
 from registry.locations import Location
 from registry.manifest import Format, Metric
 from registry.tensors import MAX_HEADER_BYTES, DType, StoredTensor, TensorSpec, read_safetensors_header
+from registry.training_state import Beginning
 
 MAX_CONFIG_BYTES = 16 << 20
 # Any of these makes a tokenizer; its configuration alone does not.
@@ -57,7 +58,7 @@ class Adapter:
 class Found:
     """A checkpoint found in a place: where, under which adapter and run it belongs, and what the files around it know.
 
-    `left_out` are files of the folder that do not belong to the checkpoint, with the reason.
+    `left_out` are files of the folder that do not belong to the checkpoint, with the reason. `began` is what the run says that it went on from.
     """
 
     location: Location
@@ -67,6 +68,7 @@ class Found:
     metrics: tuple[Metric, ...]
     adapter: Adapter
     left_out: Mapping[str, str] = field(default_factory=dict)
+    began: Beginning | None = None
 
 
 def read_tensors(location: Location, path: str) -> tuple[StoredTensor, ...]:

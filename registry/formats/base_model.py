@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -15,7 +16,7 @@ from registry.locations import Location
 from registry.manifest import BaseFile, BaseFormat, BaseModel
 from registry.tensors import StoredTensor, read_safetensors_header
 
-INDEX_FILE = "model.safetensors.index.json"
+INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
 LITGPT_WEIGHTS = "lit_model.pth"
 TEMPLATE_FOLDER = "additional_chat_templates/"
 # What litgpt and the Hugging Face Trainer call the folders of a run, each with a checkpoint.
@@ -46,6 +47,19 @@ class BaseHead:
             BaseFile(path=path, size_bytes=sizes[path], identity=location.identity(path))
             for path in sorted((*self.weights_files, *self.sidecars))
         )
+
+
+def index_of(tensors: Iterable[StoredTensor]) -> bytes:
+    """The index file of a model in several files of safetensors, or in one with an unusual name; empty for one that needs none."""
+    stored = sorted(tensors, key=lambda tensor: tensor.spec.name)
+    places = {tensor.file for tensor in stored}
+    if places <= {WEIGHTS_FILE} or not all(place.endswith(".safetensors") for place in places):
+        return b""
+    index = {
+        "metadata": {"total_size": sum(tensor.spec.size_bytes for tensor in stored)},
+        "weight_map": {tensor.spec.name: tensor.file for tensor in stored},
+    }
+    return (json.dumps(index, indent=2) + "\n").encode()
 
 
 def read_base(location: Location) -> BaseHead:

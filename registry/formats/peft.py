@@ -6,7 +6,7 @@ Key grammar and configuration fields as PEFT 0.21 writes them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -102,11 +102,16 @@ def places_in_peft(location: Location, files: Mapping[str, int]) -> dict[str, Ca
 
     Empty when there is no PEFT adapter here or one level below.
     """
-    folders = {path.split("/")[0] for path in files if re.fullmatch(rf"[^/]+/{CONFIG_FILE}", path)}
-    numbered = sorted((int(match[1]), name) for name in folders if (match := _STEP_FOLDER.fullmatch(name)))
-    urls = [f"{location.url}/{name}" for _, name in numbered]
+    urls = [f"{location.url}/{name}" for name in step_folders(files)]
     own = {location.url: partial(_found, location.url, run_of=None)} if is_peft(files) else {}
     return {**{url: partial(_found, url, run_of=location) for url in urls}, **own}
+
+
+def step_folders(files: Iterable[str]) -> dict[str, int]:
+    """The folders of a run's checkpoints among paths, each with the step that its name tells, in the order of steps."""
+    folders = {path.split("/")[0] for path in files if re.fullmatch(rf"[^/]+/{CONFIG_FILE}", path)}
+    numbered = sorted((int(match[1]), name) for name in folders if (match := _STEP_FOLDER.fullmatch(name)))
+    return {name: step for step, name in numbered}
 
 
 def _found(url: str, run_of: Location | None) -> Found:
@@ -116,7 +121,7 @@ def _found(url: str, run_of: Location | None) -> Found:
     folder_step = _STEP_FOLDER.fullmatch(name)
     if folder_step:
         name = _last_parts(run_of.url)[1] if run_of is not None else parent
-    step, metrics = _trainer_state(location)
+    step, metrics = trainer_state(location)
     if step is None and folder_step:
         step = int(folder_step[1])
     return Found(
@@ -141,7 +146,7 @@ def _hub_name(url: str) -> str:
     return ""
 
 
-def _trainer_state(location: Location) -> tuple[int | None, tuple[Metric, ...]]:
+def trainer_state(location: Location) -> tuple[int | None, tuple[Metric, ...]]:
     """Step and metrics from the Hugging Face Trainer's state: of each metric the last value logged up to this step.
 
     An evaluation's value counts only if it was made at this very step; earlier ones belong to earlier checkpoints.

@@ -259,12 +259,13 @@ def config_findings(adapter: Adapter, options: LoraOptions, modules: Sequence[st
         options: the same, parsed.
         modules: that have factors.
     """
-    yield from _option_findings(adapter.config)
+    yield from option_findings(adapter.config)
     for table in (options.ranks, options.alphas):
         yield from table_findings(table, modules)
 
 
-def _option_findings(config: Mapping[str, Any]) -> Iterator[Finding]:
+def option_findings(config: Mapping[str, Any]) -> Iterator[Finding]:
+    """What a LoRA's configuration by itself says against merging it."""
     start = config.get("init_lora_weights")
     if isinstance(start, str) and re.match("|".join(_CHANGES_THE_BASE), start.lower()):
         yield unsupported("initialiser_changes_base", CONFIG_FILE, found=f"init_lora_weights={start!r}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast, final
 
@@ -39,6 +40,13 @@ class Block:
     data: memoryview
     base: memoryview | None = None
     record: BlockRecord = NOTHING
+
+
+def torch_in_one_thread() -> AbstractContextManager[None]:
+    """Around what computes with torch: see `registry.merge.weight.one_thread`."""
+    from registry.merge.weight import one_thread  # noqa: PLC0415 - torch takes a second to import, and most merges need none
+
+    return one_thread()
 
 
 # Fills the bytes of some rows of a result, given the first row and the bytes that they start from, and tells what happened to them.

@@ -14,7 +14,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
@@ -25,7 +25,7 @@ from registry.errors import BaseChanged, NotFinite, NothingMerged
 from registry.fingerprint import tensor_hasher
 from registry.locations import OfObjects, Origin, StoredObject
 from registry.manifest import FileEntry, TensorRecord
-from registry.merge.blocks import Block, ComputedTensor, Sources
+from registry.merge.blocks import Block, ComputedTensor, Sources, torch_in_one_thread
 from registry.merge.journal import Journal
 from registry.merge.plan import BLOCK_BYTES, Compute, Copy, OutputFile, Plan, Segment, Sidecar
 from registry.merge.reading import Scratch
@@ -84,7 +84,7 @@ def execute(
     """
     sink.prepare(plan.size_bytes)
     try:
-        with _torch_in_one_thread() if plan.needs_torch else nullcontext():
+        with torch_in_one_thread() if plan.needs_torch else nullcontext():
             entries, records = _Weights(plan, sources, sink, journal, advance).write(threads or os.cpu_count() or 1)
     except (NothingMerged, NotFinite):  # trying again would not help
         sink.discard()
@@ -146,7 +146,7 @@ def execute_file(
     """
     file = next(each for each in plan.files if each.path == path)
     with (
-        _torch_in_one_thread() if plan.needs_torch else nullcontext(),
+        torch_in_one_thread() if plan.needs_torch else nullcontext(),
         _Pieces(sources, 1, threads or os.cpu_count() or 1) as pieces,
     ):
         writing = _FileWriting(file, plan, pieces, advance)
@@ -162,12 +162,6 @@ def check_merged(plan: Plan, records: Iterable[TensorRecord], largest_delta: flo
     """
     if not any(record.changed for record in records if record.action != "converted"):
         raise NothingMerged(plan.base.name, largest_delta)
-
-
-def _torch_in_one_thread() -> AbstractContextManager[None]:
-    from registry.merge.weight import one_thread  # noqa: PLC0415 - torch takes a second to import, and most merges need none
-
-    return one_thread()
 
 
 _Written = tuple[FileEntry, tuple[TensorRecord, ...]]

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from registry.changes import Change, LowRank, Resolution, Tuned
+from registry.changes import Change, LowRank, Resolution, Step, Tuned
 from registry.errors import InvalidRecipe
 from registry.formats.adapter import TOKENIZER_FILES, VOCABULARY_FILES
 from registry.formats.base_model import INDEX_FILE, LITGPT_WEIGHTS, TEMPLATE_FOLDER
@@ -132,7 +132,7 @@ class Plan:
 
     def peak_bytes(self, threads: int) -> int:
         """About how much memory executing takes: the interpreter, each thread's blocks, and what the largest tensor needs besides."""
-        largest = max(map(_needed_bytes, self.computed), default=0)
+        largest = max(map(needed_bytes, self.computed), default=0)
         if not self.needs_torch:
             return _PLAIN_BYTES + threads * _THREAD_BYTES + largest
         return _TORCH_BYTES + threads * _DENSE_THREAD_BYTES + largest
@@ -148,15 +148,18 @@ class Plan:
         return tuple(s.change for file in self.files for s in file.segments if isinstance(s, Compute))
 
 
-def _needed_bytes(change: Change) -> int:
-    """Factors, as read and as prepared, and whole matrices."""
-    needed = 0
-    for step in change.steps:
-        if isinstance(step, LowRank):
-            needed += sum(3 * 8 * each.rows * each.columns for each in (step.left, step.right))
-        elif isinstance(step, Tuned):
-            needed += 8 * change.target.elements * (2 * step.transposed + _WHOLE_MATRICES.get(step.method, 0))
-    return needed
+def needed_bytes(change: Change) -> int:
+    """About how much memory a change's tensor takes while it is worked on, besides its blocks: factors, as read and as prepared, and whole
+    matrices."""
+    return sum(_of_step(step, change.target.elements) for step in change.steps)
+
+
+def _of_step(step: Step, elements: int) -> int:
+    if isinstance(step, LowRank):
+        return sum(3 * 8 * each.rows * each.columns for each in (step.left, step.right))
+    if isinstance(step, Tuned):
+        return 8 * elements * (2 * step.transposed + _WHOLE_MATRICES.get(step.method, 0))
+    return sum(_of_step(each, elements) for part in step.parts for each in part.steps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
