@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import re
+import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -47,6 +48,7 @@ class Kitchen:
     """What answers are made with.
 
     `short` are the threads of requests that the database answers, fewer than it takes connections; `long` those of bodies that stream in.
+    `closing` is set when the server is told to stop: what would go on for minutes ends then.
     """
 
     registry: Registry
@@ -54,6 +56,7 @@ class Kitchen:
     figures: Figures
     short: CapacityLimiter
     long: CapacityLimiter
+    closing: threading.Event
 
 
 @final
@@ -107,7 +110,7 @@ def endpoint(rule: Rule, kitchen: Kitchen) -> Endpoint:
         known = seen(request.scope)
         known.route = rule.path
         try:
-            principal = await _principal(request, kitchen)
+            principal = await who_asks(request, kitchen)
             known.principal = principal.name
             require(principal, rule.role)
             scope = Scope(kitchen.registry, principal)
@@ -129,7 +132,12 @@ def endpoint(rule: Rule, kitchen: Kitchen) -> Endpoint:
     return answer
 
 
-async def _principal(request: Request, kitchen: Kitchen) -> Principal:
+async def who_asks(request: Request, kitchen: Kitchen) -> Principal:
+    """Who it is, by the token of a request.
+
+    Raises:
+        Unauthenticated, TooManyTries: as `Authority.principal`.
+    """
     scheme, _, secret = request.headers.get("authorization", "").partition(" ")
     secret = secret.strip() if scheme.lower() == "bearer" else scheme and "not a bearer token"
     if known := kitchen.authority.known(secret):
@@ -183,7 +191,7 @@ def _answer(rule: Rule, scope: Scope, request: Request, body: bytes) -> Response
 def _if_unchanged(scope: Scope, look: Callable[[], Any], wanted: str, call: Callable[[], Any]) -> Any:
     """Do it if what is there is what whoever asks has seen, both within one transaction."""
     with scope.registry.workspace.writing():
-        if not _is_among(_tag(_text(plain(look()))), wanted):
+        if not is_among(_tag(_text(plain(look()))), wanted):
             raise Outdated("If-Match", "it is not what you have seen: look again")
         return call()
 
@@ -222,7 +230,7 @@ def _rendered(status: int, document: Any, request: Request, headers: Mapping[str
         return Response(text, status, headers, "application/json")
     tag = _tag(text)
     fresh = {**(headers or {}), "ETag": tag, "Cache-Control": "private, no-cache", "Vary": "Authorization"}
-    if _is_among(tag, request.headers.get("if-none-match", "")):
+    if is_among(tag, request.headers.get("if-none-match", "")):
         return Response(status_code=304, headers=fresh)
     return Response(text, status, fresh, "application/json")
 
@@ -237,5 +245,6 @@ def _tag(text: bytes) -> str:
     return f'"{blake3(text).hexdigest(length=16)}"'
 
 
-def _is_among(tag: str, wanted: str) -> bool:
+def is_among(tag: str, wanted: str) -> bool:
+    """Whether a tag, with its quotes, is one of those that a header names."""
     return wanted.strip() == "*" or tag in {each.strip().removeprefix("W/") for each in wanted.split(",")}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import socket
+import threading
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -21,11 +23,18 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from registry.errors import InvalidSetting, RegistryError
 from registry.jobs import InlineEngine
-from registry.server import bases, checkpoints, keeping, shipping, uploads, work
+from registry.server import adapters, bases, checkpoints, choosing, keeping, repositories, shipping, uploads, work
 from registry.server.answering import Kitchen, endpoint
 from registry.server.authority import Authority, is_this_machine, require
 from registry.server.boundary import Boundary, Figures, is_ready, log_as_json, seen
+from registry.server.hub import RULES as HUB_RULES
+from registry.server.hub.browsing import BrowsedRepositories
+from registry.server.hub.routing import HubRoutes
 from registry.server.openapi import describe
+from registry.server.pages import PAGES
+from registry.server.pages.serving import PageServer, give_asset, in_order, nothing_here
+from registry.server.pages.signing_in import SignIns, pages_of
+from registry.server.pages.visits import PageRule
 from registry.server.problems import own_problem, problem
 from registry.server.reference import page
 from registry.server.routing import Rule
@@ -38,11 +47,22 @@ log = logging.getLogger("ckpt.server")
 PREFIX = "/api/v1"
 RULES: tuple[Rule, ...] = tuple(
     rule
-    for routes in (checkpoints.routes, bases.routes, work.routes, uploads.routes, shipping.routes, keeping.routes)
+    for routes in (
+        checkpoints.routes,
+        adapters.routes,
+        bases.routes,
+        work.routes,
+        uploads.routes,
+        shipping.routes,
+        choosing.routes,
+        repositories.routes,
+        keeping.routes,
+    )
     for rule in routes
 )
 # What needs no rule: it tells nothing of the registry's content, or decides by itself.
 OPEN = ("/healthz", "/readyz", "/metrics", "/openapi.json", "/docs")
+STATIC = "/static/{tag}/{name:path}"
 _SHORT_THREADS = 12  # fewer than SQLAlchemy's pool has connections, so that none waits for one
 _LONG_THREADS = 64
 _HEADER_BYTES = 64 << 10
@@ -54,7 +74,8 @@ _GRACE_SECONDS = 20.0
 class Listening:
     """Where a server listens, and to whom.
 
-    `hosts` are the names that it answers to besides the machine's own; `needs_none`: it asks nobody for a token.
+    `hosts` are the names that it answers to besides the machine's own; `needs_none`: it asks nobody for a token; `is_private`: it lets nobody
+    in without one, not even on this machine while there is none.
 
     Raises:
         InvalidSetting: nobody is asked for a token where others can reach it.
@@ -63,6 +84,7 @@ class Listening:
     host: str = "127.0.0.1"
     hosts: Sequence[str] = ()
     needs_none: bool = False
+    is_private: bool = False
 
     def __post_init__(self) -> None:
         if self.needs_none and not self.is_loopback:
@@ -98,10 +120,15 @@ def create_app(settings: Settings, listening: Listening | None = None) -> FastAP
     registry = Registry(settings)
     kitchen = Kitchen(
         registry=registry,
-        authority=Authority(registry, is_loopback=listening.is_loopback, needs_none=listening.needs_none),
+        authority=Authority(
+            registry,
+            is_loopback=listening.is_loopback and not listening.is_private,
+            needs_none=listening.needs_none,
+        ),
         figures=Figures(registry),
         short=CapacityLimiter(_SHORT_THREADS),
         long=CapacityLimiter(_LONG_THREADS),
+        closing=threading.Event(),
     )
     app = FastAPI(
         title="ckpt registry",
@@ -115,20 +142,36 @@ def create_app(settings: Settings, listening: Listening | None = None) -> FastAP
     for rule in RULES:
         app.add_api_route(PREFIX + rule.path, endpoint(rule, kitchen), methods=[rule.method], include_in_schema=False)
     _add_own_routes(app, kitchen)
-    _check_rules(app)
-    app.state.kitchen = kitchen
+    sign_ins = SignIns(registry, kitchen.authority)
+    pages = _add_pages(app, kitchen, sign_ins)
+    _check_rules(app, pages)
+    app.state.kitchen, app.state.sign_ins, app.state.pages = kitchen, sign_ins, pages
     app.add_exception_handler(HTTPException, _own_error)
     app.add_middleware(Boundary, figures=kitchen.figures, hosts=listening.names)
     return app
 
 
-def _check_rules(app: FastAPI) -> None:
+def _add_pages(app: FastAPI, kitchen: Kitchen, sign_ins: SignIns) -> tuple[PageRule, ...]:
+    rules = tuple(in_order([*PAGES, *pages_of(sign_ins)]))
+    server = PageServer(kitchen, sign_ins)
+    for rule in rules:
+        app.add_api_route(rule.path, server.endpoint(rule), methods=[rule.method], include_in_schema=False)
+    app.add_api_route(STATIC, give_asset, methods=["GET"], include_in_schema=False)
+    # an adapter may be called as a page is: its files come before pages, its own page after them
+    app.router.routes.insert(0, HubRoutes(HUB_RULES, kitchen))
+    app.router.routes.append(BrowsedRepositories(server))
+    return rules
+
+
+def _check_rules(app: FastAPI, pages: Sequence[PageRule]) -> None:
     """See that nothing can be asked for that no rule is about."""
-    ruled = {(rule.method, PREFIX + rule.path) for rule in RULES} | {("GET", path) for path in OPEN}
+    ruled = {(rule.method, PREFIX + rule.path) for rule in RULES} | {("GET", path) for path in (*OPEN, STATIC)}
+    ruled |= {(rule.method, rule.path) for rule in pages}
     found = {
         (method, route.path) for route in app.routes if isinstance(route, APIRoute) for method in route.methods or ()
     }
-    if found != ruled or len(app.routes) != len(ruled):
+    others = [type(route) for route in app.routes if not isinstance(route, APIRoute)]
+    if found != ruled or len(app.routes) - len(others) != len(ruled) or others != [HubRoutes, BrowsedRepositories]:
         raise RuntimeError(f"routes without a rule: {sorted(found - ruled)}")
 
 
@@ -153,6 +196,8 @@ def _running(kitchen: Kitchen) -> Any:
 
 async def _own_error(request: Request, error: Exception) -> Response:
     status, headers = (error.status_code, error.headers) if isinstance(error, HTTPException) else (500, None)
+    if status == 404 and "text/html" in request.headers.get("accept", ""):
+        return nothing_here(request)
     return own_problem(status, seen(request.scope).request_id, headers)
 
 
@@ -215,6 +260,15 @@ def check_start(settings: Settings) -> tuple[str, ...]:
         return registry.workspace.store.probe() if settings.is_shared else ()
 
 
+class _Server(uvicorn.Server):
+    """Tells what streams for minutes that it is to end, before it waits for it."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        app: Any = self.config.app
+        app.state.kitchen.closing.set()
+        await super().shutdown(sockets)
+
+
 def serving(app: FastAPI, host: str, port: int) -> uvicorn.Server:
     """What runs a server: `run()` ends when it is told to stop, after what is under way, for which it waits up to twenty seconds."""
     # h11 is the implementation that limits headers
@@ -223,7 +277,7 @@ def serving(app: FastAPI, host: str, port: int) -> uvicorn.Server:
         h11_max_incomplete_event_size=_HEADER_BYTES, timeout_keep_alive=_IDLE_SECONDS,
         timeout_graceful_shutdown=int(_GRACE_SECONDS),
     )  # fmt: skip
-    return uvicorn.Server(config)
+    return _Server(config)
 
 
 def serve(app: FastAPI, host: str, port: int) -> None:

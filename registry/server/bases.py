@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from typing import IO, Annotated
-from urllib.parse import quote
+from typing import Annotated
 
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from registry.base_models import AddedBase
-from registry.disk import Translating
 from registry.errors import Forbidden, InvalidInput, PathNotFound
-from registry.locations import Location, local_folder
+from registry.locations import Location, local_folder, pieces_of
 from registry.manifest import BaseModel, Checkpoint, FileEntry, Merged, Report
 from registry.merging import Outline, merged_folder
 from registry.server.bodies import BaseAt, MergePlan, SentBase
 from registry.server.checkpoints import Ref
 from registry.server.routing import Routes
 from registry.server.scope import Scope
+from registry.server.sending_files import send_file
 from registry.teamwork import Role
 from registry.uploading import add_base
 
 routes = Routes("models")
 
 BASE_BYTES = 64 << 20
-_BLOCK_BYTES = 1 << 20
-_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 # Object stores that every machine reaches with its own credentials. Other schemes would let whoever asks send the server anywhere.
 _SHARED_SCHEMES = frozenset({"s3", "gs", "gcs", "az", "abfs", "abfss", "hf"})
 
@@ -132,43 +127,10 @@ def _folder(scope: Scope, subject: Checkpoint | Merged) -> Location:
 
 
 def _sent(folder: Location, entry: FileEntry, headers: Headers) -> Response:
-    tag, name = f'"{entry.digest.hex}"', quote(entry.path.rpartition("/")[2])
-    told = {
-        "ETag": tag,
-        "Accept-Ranges": "bytes",
-        "Cache-Control": "private, no-cache",
-        "Content-Disposition": f"attachment; filename*=UTF-8''{name}",
-    }
-    if headers.get("if-none-match", "").strip() == tag:
-        return Response(status_code=304, headers=told)
-    size, wanted = entry.size_bytes, _range(headers, tag, entry.size_bytes)
-    start, end = wanted or (0, size)
-    if wanted is not None and start >= end:
-        raise HTTPException(416, headers={"Content-Range": f"bytes */{size}"})
-    if wanted is not None:
-        told["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
-    told["Content-Length"] = str(end - start)
-    blocks = _blocks(folder.open(entry.path), folder.url, start, end - start)
-    return StreamingResponse(blocks, 200 if wanted is None else 206, told, "application/octet-stream")
+    def pieces(start: int, end: int) -> Iterator[bytes]:
+        return pieces_of(folder.open(entry.path), folder.url, start, end)
 
-
-def _range(headers: Headers, tag: str, size: int) -> tuple[int, int] | None:
-    """The bytes that are asked for, from and up to; None for all. Several ranges at once are not answered: all is."""
-    match = _RANGE.fullmatch(headers.get("range", "").replace(" ", ""))
-    if match is None or match[1] == match[2] == "" or headers.get("if-range", tag) != tag:
-        return None
-    if not match[1]:
-        return max(0, size - int(match[2])), size if int(match[2]) else 0
-    return int(match[1]), min(size, int(match[2]) + 1) if match[2] else size
-
-
-def _blocks(stream: IO[bytes], url: str, start: int, left: int) -> Iterator[bytes]:
-    """Some bytes of a stream, which is closed then, even when nobody reads on."""
-    with stream, Translating(url):
-        stream.seek(start)
-        while left and (block := stream.read(min(left, _BLOCK_BYTES))):
-            left -= len(block)
-            yield block
+    return send_file(pieces, entry.size_bytes, entry.digest.hex, headers, name=entry.path.rpartition("/")[2])
 
 
 def refuse_place(scope: Scope, out: object) -> None:

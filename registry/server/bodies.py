@@ -8,10 +8,12 @@ from typing import Any, Literal
 
 from registry.manifest import BaseModel, Checkpoint, FileEntry, Merged, Metric, Report, Shipment
 from registry.mixing import Mixture
+from registry.policies import KeptPolicy
 from registry.refs import Digest
 from registry.registering import Received, Registration
 from registry.teamwork import Role
 from registry.tensors import DType
+from registry.training_state import Beginning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,13 +54,16 @@ class CheckpointDetails:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundAround:
-    """What the place of a checkpoint's files told: the adapter's name, run, step and metrics; `left_out` are files not taken, and why."""
+    """What the place of a checkpoint's files told: the adapter's name, run, step and metrics; `left_out` are files not taken, and why; `began`
+    is what its run went on from.
+    """
 
     adapter: str = ""
     run: str = ""
     step: int | None = None
     metrics: tuple[Metric, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
+    began: Beginning | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +85,7 @@ class SentCheckpoint:
             step=found.step,
             metrics=found.metrics,
             left_out=found.left_out,
+            began=found.began,
         )
 
 
@@ -152,6 +158,17 @@ class MergePlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NewRecipe:
+    """A merge to be kept without being carried out."""
+
+    checkpoints: tuple[str, ...]
+    mixture: Mixture | None = None
+    dtype: DType | None = None
+    allow_lossy: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NewJob:
     """Work for the background: `kind` is the verb, `arguments` what it takes, `subject` what it is about, for people."""
 
@@ -208,11 +225,36 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewShipment:
-    """What went live where, and why."""
+    """What went live where, and why; `override` says why although the adapter's policy is against it."""
 
     subject: str
     environment: str
     note: str = ""
+    override: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewPolicy:
+    """What makes a checkpoint of an adapter good enough."""
+
+    adapter: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicySet:
+    """The policy that an adapter had before."""
+
+    before: KeptPolicy | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeepWanted:
+    """What is worth keeping of an adapter; a dry run only says what would be removed."""
+
+    adapter: str
+    rule: str
+    dry_run: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,11 +24,15 @@ STATUSES: Mapping[type, int] = {
     errors.Outdated: 412,
     errors.UnreadableFile: 422,
     errors.Refused: 422,
+    errors.BelowPolicy: 422,
     errors.Changed: 409,
+    errors.NotServable: 422,
     errors.NotConvertible: 422,
     errors.NothingMerged: 422,
     errors.NotFinite: 422,
     errors.StorageFailed: 503,
+    errors.OutOfMemory: 503,
+    errors.ProgramFailed: 422,
     errors.AccessDenied: 403,
     errors.Unauthenticated: 401,
     errors.TooManyTries: 429,
@@ -61,7 +65,7 @@ def status_of(error: RegistryError) -> int:
 def problem(error: RegistryError, request_id: str) -> Response:
     """The answer that an error is."""
     status, document = status_of(error), to_document(error)
-    return _answer(status, document["code"], explain(error), document["fields"], request_id, _headers(error, status))
+    return _answer(status, document["code"], explain(error), document["fields"], request_id, headers_of(error, status))
 
 
 def own_problem(status: int, request_id: str, headers: Mapping[str, str] | None = None) -> Response:
@@ -73,7 +77,13 @@ def own_problem(status: int, request_id: str, headers: Mapping[str, str] | None 
     )
 
 
-def _headers(error: RegistryError, status: int) -> dict[str, str]:
+def own_words(status: int) -> str:
+    """What a status means, in words."""
+    return _OWN_WORDS.get(status, ("", f"HTTP status {status}"))[1]
+
+
+def headers_of(error: RegistryError, status: int) -> dict[str, str]:
+    """What an error says in headers."""
     if isinstance(error, errors.Unauthenticated):
         return {"WWW-Authenticate": 'Bearer realm="ckpt"'}
     if isinstance(error, errors.TooManyTries):

@@ -17,6 +17,7 @@ from registry.errors import (
 )
 from registry.manifest import Checkpoint, Event, Merged, Shipment
 from registry.refs import AdapterName, CheckpointRef
+from registry.results import Repository
 from registry.service import Registry
 from registry.teamwork import Job, Principal
 
@@ -74,6 +75,14 @@ class Scope:
         if not self.namespaces:
             return self._merged(text)
         return _only(text, self._seen(self._merged, text), UnknownMerged(text))
+
+    def repository(self, id_: str, revision: str = "main") -> Repository:
+        """A repository at a revision.
+
+        Raises:
+            UnknownRepository, UnknownRevision, Conflict, Ambiguous, UnknownMetric, DirectionUnknown, Unreachable: as `Registry.repository`.
+        """
+        return self.registry.repository(id_, revision, self.namespaces)
 
     def adapter(self, name: str) -> AdapterName:
         """An adapter's name, if it may be seen.

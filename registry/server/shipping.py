@@ -18,7 +18,7 @@ routes = Routes("shipments")
 @routes.route("POST", "/shipments", Role.SHIPPER, is_keyed=True)
 def ship(scope: Scope, body: NewShipment) -> Shipment:
     """Record that a checkpoint or merged model went live."""
-    return scope.registry.ship(scope.subject(body.subject), body.environment, body.note)
+    return scope.registry.ship(scope.subject(body.subject), body.environment, body.note, override=body.override)
 
 
 @routes.route("GET", "/shipments", Role.READER)
