@@ -1,0 +1,104 @@
+"""Folders on this machine that libraries can load from: exact files of one version, kept for the next time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from registry.disk import appearing
+from registry.errors import BaseChanged, Conflict, Refused, UnknownRepository
+from registry.locations import local_folder
+from registry.manifest import BaseModel, Checkpoint, Level
+
+if TYPE_CHECKING:
+    from registry.results import Repository
+    from registry.service import Registry
+
+_FOLDER = "serving"
+
+
+def check_fits(registry: Registry, checkpoint: Checkpoint, base: BaseModel) -> None:
+    """See that an adapter belongs to a base model. What could only not be merged may be used as it is.
+
+    Raises:
+        Refused: it does not; carries the findings that say so.
+    """
+    report = registry.check(checkpoint, "" if checkpoint.base == base.digest else base.name)
+    if report.misfits:
+        only = tuple(each for each in report.findings if each.level is not Level.REFUSED or not each.fits)
+        raise Refused(replace(report, findings=only))
+
+
+def merged_files(registry: Registry, checkpoint: Checkpoint) -> Repository:
+    """The files of the model that merging a checkpoint gives, to be read with `Registry.read_file`.
+
+    Raises:
+        Refused: it cannot be merged.
+    """
+    try:
+        return registry.repository(f"{checkpoint.adapter}-v{checkpoint.version}-merged")
+    except UnknownRepository as error:
+        report = registry.check(checkpoint)
+        if report.verdict is not Level.REFUSED:
+            raise
+        raise Refused(report) from error
+
+
+def folder_of_checkpoint(registry: Registry, checkpoint: Checkpoint) -> Path:
+    """The files of a checkpoint in a folder of this machine, which is named by their digest and so never changes.
+
+    Raises:
+        Changed: a file is not what was recorded.
+        StorageFailed: the disk does not take it.
+    """
+    target = registry.settings.home / _FOLDER / checkpoint.digest.hex
+    if not target.is_dir():
+        try:
+            registry.pull(checkpoint, target)
+        except Conflict:  # another process was faster
+            if not target.is_dir():
+                raise
+    return target
+
+
+def folder_of_base(registry: Registry, base: BaseModel) -> Path:
+    """The folder of a base model; one that is not on this machine is copied, once.
+
+    Raises:
+        BaseChanged: the files there are not what was fingerprinted any more.
+        PathNotFound: it is not there any more.
+        StorageFailed: the disk does not take the copy.
+    """
+    folder = None if base.in_store or registry.settings.server else local_folder(base.url)
+    if folder is not None:
+        _check_unchanged(registry, base)
+        return folder
+    return _copied(registry, base)
+
+
+def _check_unchanged(registry: Registry, base: BaseModel) -> None:
+    from registry.base_models import current_base  # noqa: PLC0415 - a client of a server has no use for it
+
+    _, changed = current_base(registry.workspace, base)
+    if changed:
+        raise BaseChanged(changed[0], str(base.digest), "another model's")
+
+
+def _copied(registry: Registry, base: BaseModel) -> Path:
+    found = registry.repository(f"base-{base.digest.short}")
+    target = registry.settings.home / _FOLDER / f"base-{found.commit}"
+    if target.is_dir():
+        return target
+    try:
+        with appearing(target) as folder:
+            for file in found.files:
+                place = folder / file.path
+                place.parent.mkdir(parents=True, exist_ok=True)
+                with place.open("wb") as stream:
+                    for piece in registry.read_file(found, file.path):
+                        stream.write(piece)
+    except Conflict:  # another process was faster
+        if not target.is_dir():
+            raise
+    return target

@@ -1,0 +1,1 @@
+"""The registry inside other programs: they load these modules, nothing here does."""
