@@ -7,12 +7,14 @@ from typing import Annotated
 import typer
 
 from cli import output, parse
+from cli.evaluate import metric_import
 from cli.options import Higher, Lower, Ref, flag
 from registry import connect
 from registry.errors import InvalidInput, InvalidReference
 from registry.refs import CheckpointRef
 
 metric_app = typer.Typer(no_args_is_help=True, help="Metrics of checkpoints.")
+metric_app.command("import")(metric_import)
 alias_app = typer.Typer(no_args_is_help=True, help="Movable names inside an adapter: support-bot@candidate.")
 
 

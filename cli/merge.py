@@ -87,6 +87,10 @@ def merge(
         bool,
         flag("--detach", "Print the number of the job that does it, and do not wait. With a server or workers only."),
     ] = False,
+    virtual: Annotated[
+        bool,
+        flag("--virtual", "Keep the recipe only: its model is computed whenever somebody loads it, and takes no room."),
+    ] = False,
     note: Note = "",
     json: Json = False,
 ) -> None:
@@ -101,6 +105,8 @@ def merge(
     ckpt merge math code chat --method ties --weights 1,1,0.5 --density 0.3
 
     ckpt merge --between math code --t 0.3
+
+    ckpt merge math code --method ties --weights 0.7,0.3 --virtual
     """
     wanted = parse.mixture(
         method, weights, t=t, lambda_=lambda_, density=density, epsilon=epsilon, gamma=gamma, decay=decay, seed=seed
@@ -113,6 +119,9 @@ def merge(
             )
         if dry_run:
             _print_plan(planned, json=json)
+            return
+        if virtual:
+            _save(registry, planned, out, note, json=json)
             return
         if detach:
             _detach(registry, planned, out, note, json=json)
@@ -144,6 +153,19 @@ def _detach(registry: Registry, planned: Planned, out: str | None, note: str, *,
     else:
         output.print_line(str(job.id))
     output.say(f"`ckpt jobs show {job.id} --follow` waits for it")
+
+
+def _save(registry: Registry, planned: Planned, out: str | None, note: str, *, json: bool) -> None:
+    if out is not None:
+        raise InvalidInput("--virtual", "", "nothing is written: leave --out away")
+    saved = registry.save_recipe(planned, note)
+    if json:
+        output.print_json(plain(saved))
+    else:
+        output.print_line(saved.id)
+    output.say(
+        f'with HF_ENDPOINT set to a server (`ckpt serve`): AutoModelForCausalLM.from_pretrained("{saved.id}"), or `hf download {saved.id}`'
+    )
 
 
 def _dtype(text: str) -> DType | None:

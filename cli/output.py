@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from importlib import import_module
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -90,20 +91,61 @@ def print_facts(facts: Mapping[str, str | Text]) -> None:
     data_console().print(table)
 
 
+def stream(pieces: Iterable[str]) -> None:
+    """Text as it comes, as one line of data or several; what is written so far is seen at once."""
+    try:
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    finally:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+
+
+def print_side_by_side(texts: Mapping[str, str]) -> None:
+    """Longer texts next to each other, each under its name."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold", expand=sys.stdout.isatty())
+    for name in texts:
+        table.add_column(Text(name), overflow="fold", ratio=1)
+    table.add_row(*map(Text, texts.values()))
+    data_console().print(table)
+
+
+def lines_typed(prompt: str) -> Iterator[str]:
+    """The lines that somebody types, with a prompt at a terminal, where readline's keys work; else those of stdin. Empty ones are left out."""
+    is_typed = sys.stdin.isatty()
+    if is_typed:
+        with suppress(ImportError):
+            import_module("readline")
+    while True:
+        try:
+            line = input(prompt if is_typed else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if not is_typed:
+                raise
+            sys.stdout.write("\n")
+            continue
+        if line:
+            yield line
+
+
 def print_heading(text: str) -> None:
     """A heading between parts of the data."""
     data_console().print(f"\n[bold]{escape(text)}[/bold]")
 
 
 @contextmanager
-def progress() -> Iterator[Any]:
-    """A bar in bytes with rate and time left, on a terminal only. Gives the function to tell progress to; it may be called from threads."""
+def progress(unit: str = "bytes") -> Iterator[Any]:
+    """A bar of bytes or other things with the time left, on a terminal only. Gives what is told of progress, from any thread."""
     if not sys.stderr.isatty():
         yield lambda what, done_bytes, total_bytes: None
         return
     from rich.progress import (  # noqa: PLC0415 - most commands show no bar
         BarColumn,
         DownloadColumn,
+        MofNCompleteColumn,
         Progress,
         TextColumn,
         TimeRemainingColumn,
@@ -113,8 +155,7 @@ def progress() -> Iterator[Any]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+        *((DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit))),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=talk_console(), transient=True) as bar:

@@ -35,6 +35,9 @@ def register(
     note: Note = "",
     tag: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="A tag. May be repeated.")] = None,
     arch_version: ArchVersion = "",
+    with_state: Annotated[
+        bool, flag("--with-state", "Keep what the trainer needs to go on, too: `ckpt resume` does then.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Record an adapter checkpoint, or a whole training run, with its base model's fingerprint.
@@ -55,6 +58,7 @@ def register(
         note=note,
         tags=parse.pairs(tag or (), "tag"),
         arch_version=arch_version,
+        with_state=with_state,
     )
     with connect() as registry, output.progress() as progress:
         intake = registry.register(path, said, progress=progress)
@@ -70,16 +74,19 @@ def register(
 
 
 def _print_intake(intake: Intake) -> None:
+    left_out: dict[str, dict[str, None]] = {}
     for each in intake.registered:
         checkpoint = each.checkpoint
         what = "registered" if each.created else "known already as"
         step = "" if checkpoint.step is None else f", step {checkpoint.step}"
         output.print_line(f"{what} {checkpoint.ref}  {checkpoint.digest.short}{step}, base {checkpoint.base_name}")
         for file, reason in each.left_out.items():
-            output.say(f"left out {file}: {reason}")
+            left_out.setdefault(reason, {})[file] = None
         for finding in each.report.findings:
             if finding.code in ("method_not_mergeable", "option_not_mergeable", "layer_not_mergeable"):
                 output.say(f"recorded, but this version cannot merge it: {finding.found}. {finding.advice}")
+    for reason, files in left_out.items():
+        output.say(f"left out {output.plain(', '.join(files))}: {reason}")
 
 
 def _print_models(intake: Intake) -> None:

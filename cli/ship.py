@@ -17,11 +17,14 @@ def ship(
     ref: Subject,
     to: Annotated[str, typer.Option("--to", metavar="ENV", help="The environment, such as production.")],
     note: Note = "",
+    override: Annotated[
+        str, typer.Option(metavar="REASON", help="Ship it although the policy is against it. The reason is recorded.")
+    ] = "",
     json: Json = False,
 ) -> None:
     """Record that a checkpoint or merged model went live in an environment."""
     with connect() as registry:
-        shipment = registry.ship(registry.subject(ref), to, note)
+        shipment = registry.ship(registry.subject(ref), to, note, override=override)
     if json:
         output.print_json(to_json(shipment))
     else:

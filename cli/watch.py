@@ -1,0 +1,191 @@
+"""`ckpt watch` and `ckpt outbox`: checkpoints are registered while they are written, or later."""
+
+from __future__ import annotations
+
+import json as json_module
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli import output, parse
+from cli.errors import explain
+from cli.options import Json, flag
+from registry import connect
+from registry.errors import InvalidInput, MissingPackage, PathNotFound, RegistryError
+from registry.manifest import to_json
+
+if TYPE_CHECKING:
+    from registry.intake import Registered
+    from registry.outbox import Outbox, Waiting
+    from registry.service import Registry
+    from registry.watching import Watch
+
+outbox_app = typer.Typer(no_args_is_help=True, help="Checkpoints that wait to be registered.")
+_LONGEST_WAIT = 30.0
+
+
+def watch(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where a run, or several, write their checkpoints.")],
+    adapter: Annotated[str, typer.Option(metavar="NAME", help="The adapter's name. Default: from the folders.")] = "",
+    base: Annotated[str, typer.Option(metavar="REF", help="The base model. Default: what the files say.")] = "",
+    run: Annotated[str, typer.Option(metavar="NAME", help="The run's name. Default: from the folders.")] = "",
+    tag: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="A tag for each; may be repeated.")] = None,
+    settle: Annotated[
+        float, typer.Option(min=0.1, metavar="SECONDS", help="How long nothing may have changed in a checkpoint.")
+    ] = 5.0,
+    with_state: Annotated[bool, flag("--with-state", "Keep what the trainer needs to go on, too.")] = False,
+    once: Annotated[bool, flag("--once", "End when all that is there is registered.")] = False,
+    json: Json = False,
+) -> None:
+    """Register the checkpoints of a run while it writes them, each when it is complete. Ctrl-C ends it; a new start takes nothing twice."""
+    from registry.intake import Registration  # noqa: PLC0415 - the help need not wait for it
+    from registry.outbox import Outbox  # noqa: PLC0415
+    from registry.watching import Watch  # noqa: PLC0415
+
+    if not folder.is_dir():
+        raise PathNotFound(str(folder))
+    said = Registration(adapter=adapter, base=base, run=run, tags=parse.pairs(tag or (), "tag"), with_state=with_state)
+    with connect() as registry:
+        box = Outbox(registry.settings.home)
+        watched, sending = Watch(folder, box, said, registry.settings.home, settle), _Sending(box, registry, json)
+        output.say(f"watching {output.plain(str(folder))}" + ("" if once else "; Ctrl-C ends it"))
+        for _ in _ticks(folder, watched, once=once):
+            _take(watched, json=json)
+            is_all_sent = sending.send()
+            if once and not watched.is_waiting:
+                raise typer.Exit(0 if is_all_sent else 1)
+
+
+def _ticks(folder: Path, watched: Watch, *, once: bool) -> Iterator[None]:
+    """Whenever something may have become complete: after each change, once that has settled."""
+    yield
+    if once:
+        while True:
+            time.sleep(min(watched.settle_seconds, 1.0))
+            yield
+    try:
+        from watchfiles import watch as changes  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise MissingPackage("watchfiles", "watch") from error
+    settle = int(1000 * watched.settle_seconds)
+    pause = min(settle, 1000)
+    for _ in changes(folder, debounce=pause, rust_timeout=pause, yield_on_timeout=True, raise_interrupt=True):
+        yield
+
+
+def _take(watched: Watch, *, json: bool) -> None:
+    for taken in watched.look():
+        if taken.problem is not None:
+            found = explain(taken.problem)
+            if json:
+                _line({"folder": str(taken.folder), "problem": found.message})
+            else:
+                output.say(f"{output.plain(str(taken.folder))} is left: {output.plain(found.message)}")
+
+
+@dataclass(slots=True)
+class _Sending:
+    """Registers what waits. After a failure nothing is tried for a while, longer and longer."""
+
+    box: Outbox
+    registry: Registry
+    json: bool
+    until: float = 0.0
+    pause: float = 1.0
+
+    def send(self) -> bool:
+        """Register what waits; tells whether nothing waits any more."""
+        if time.monotonic() < self.until:
+            return not self.box.waiting()
+        is_all_sent = True
+        for done in self.box.send(self.registry):
+            is_all_sent &= not isinstance(done, tuple)
+            self._tell(done)
+        self.pause = 1.0 if is_all_sent else min(2 * self.pause, _LONGEST_WAIT)
+        self.until = 0.0 if is_all_sent else time.monotonic() + self.pause
+        return is_all_sent
+
+    def _tell(self, done: Registered | tuple[Waiting, RegistryError]) -> None:
+        if isinstance(done, tuple):
+            waiting, error = done
+            why = explain(error).message
+            if waiting.problem != why:  # said once
+                output.say(f"{waiting.said.adapter} step {waiting.said.step} waits: {output.plain(why)}")
+        elif self.json:
+            _line({"checkpoint": done.checkpoint.ref, "step": done.checkpoint.step, "created": done.created})
+        else:
+            step = "" if done.checkpoint.step is None else f", step {done.checkpoint.step}"
+            output.print_line(f"{'registered' if done.created else 'known'} {done.checkpoint.ref}{step}")
+
+
+def _line(document: object) -> None:
+    output.print_line(json_module.dumps(document))
+
+
+@outbox_app.command("list")
+def outbox_list(json: Json = False) -> None:
+    """Show what waits to be registered, and why."""
+    from registry.outbox import Outbox  # noqa: PLC0415
+
+    with connect() as registry:
+        found = Outbox(registry.settings.home).waiting()
+    if json:
+        output.print_json([to_json(each) for each in found])
+        return
+    rows = [
+        [
+            each.id,
+            each.said.adapter,
+            "" if each.said.step is None else str(each.said.step),
+            output.size(each.size_bytes),
+            each.problem,
+        ]
+        for each in found
+    ]
+    if rows:
+        output.print_table(["id", "adapter", "step", "size", "why it waits"], rows, right=["step", "size"])
+    else:
+        output.say("nothing waits")
+
+
+@outbox_app.command("send")
+def outbox_send(json: Json = False) -> None:
+    """Register what waits. What fails stays, and is told of."""
+    from registry.outbox import Outbox  # noqa: PLC0415
+
+    failed: RegistryError | None = None
+    with connect() as registry:
+        for done in Outbox(registry.settings.home).send(registry):
+            if isinstance(done, tuple):
+                failed = done[1]
+                output.say(
+                    f"{done[0].said.adapter} step {done[0].said.step} waits: {output.plain(explain(failed).message)}"
+                )
+            elif json:
+                _line({"checkpoint": done.checkpoint.ref, "created": done.created})
+            else:
+                output.print_line(f"{'registered' if done.created else 'known'} {done.checkpoint.ref}")
+    if failed is not None:
+        raise failed
+
+
+@outbox_app.command("rm")
+def outbox_rm(
+    id: Annotated[str, typer.Argument(metavar="ID", help="As `ckpt outbox list` shows it.")],
+    yes: Annotated[bool, flag("--yes", "Do not ask.", "-y")] = False,
+) -> None:
+    """Forget a checkpoint that waits; its files go with it."""
+    from registry.outbox import Outbox  # noqa: PLC0415
+
+    with connect() as registry:
+        box = Outbox(registry.settings.home)
+        if id not in {each.id for each in box.waiting()}:
+            raise InvalidInput("ID", id, "nothing of this id waits")
+        if not output.confirm(f"forget {id}?", yes=yes):
+            raise typer.Abort
+        box.drop(id)
+    output.print_line(f"forgot {id}")
