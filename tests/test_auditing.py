@@ -283,14 +283,16 @@ READING = {
     "authenticate", "base", "bases", "check", "checkpoints", "close", "deliveries", "details", "diagnose", "diff", "export_audit", "follow_job",
     "history", "job", "job_log", "jobs", "merged", "page", "plan", "provenance", "pull", "rank", "resolve", "settings", "shipments", "shipped",
     "signable_files", "signatures", "signed_by", "subject", "tokens", "trail", "upgrade_database", "verify", "verify_base", "verify_chain",
-    "verify_signature", "webhooks", "workspace",
+    "verify_signature", "webhooks", "workspace", "policy", "policies", "select", "repositories", "repository",
+    "repository_refs", "read_file", "recipes", "adapters", "series", "metric_names", "best", "load",
 }  # fmt: skip
 CHANGING = {
     "register", "note", "tag", "add_metrics", "set_alias", "remove_alias", "remove", "sweep", "add_base", "merge", "ship", "rollback",
-    "combine", "create_token", "revoke_token", "start", "cancel_job", "retry_job",
+    "combine", "create_token", "revoke_token", "start", "cancel_job", "retry_job", "set_policy", "remove_policy",
+    "save_recipe",
 }  # fmt: skip
 CHANGING_ELSEWHERE = {
-    "add_signature", "add_webhook", "candidates", "convert", "extract", "remove_webhook", "separate",
+    "add_signature", "add_webhook", "candidates", "keep", "convert", "extract", "remove_webhook", "separate",
     "sign", "sign_provenance", "start_merge", "test_webhook",
 }  # fmt: skip
 
@@ -318,6 +320,10 @@ def test_every_changing_verb_writes_exactly_its_event(ckpt: Registry, base: Path
     ckpt.register(two, Registration(base="base", adapter="one"))
     ckpt.ship(ckpt.resolve("one@v2"), "production")
     assert actions(ckpt, lambda: ckpt.rollback("production")) == ["rollback"]
+    assert actions(ckpt, lambda: ckpt.set_policy("one", "loss min")) == ["policy.set"]
+    assert actions(ckpt, lambda: ckpt.remove_policy("one")) == ["policy.remove"]
+    assert actions(ckpt, lambda: ckpt.save_recipe(ckpt.plan(first))) == ["recipe.save"]
+    assert actions(ckpt, lambda: ckpt.save_recipe(ckpt.plan(first))) == []
     assert actions(ckpt, lambda: ckpt.merge(ckpt.plan(first))) == ["merge"]
     assert actions(ckpt, lambda: ckpt.merge(ckpt.plan(first))) == []
     three = ckpt.register(two, Registration(base="base", adapter="three")).registered[0].checkpoint

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from registry import manifest
+from registry import manifest, results
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,6 +32,7 @@ SECTIONS = {
     ),
     "Report": (manifest.Report, manifest.Finding),
     "Merged model": (manifest.Merged, manifest.Recipe, manifest.RecipeInput, manifest.TensorRecord),
+    "Repository": (results.Repository, results.RepositoryFile),
     "Shipment": (manifest.Shipment,),
     "Event": (manifest.Event,),
 }

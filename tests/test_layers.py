@@ -66,6 +66,9 @@ def test_the_wheel_holds_the_packages_and_the_migrations(tmp_path: Path) -> None
     assert {name for name in top if not name.endswith(".dist-info")} == {"registry", "cli"}
     migrations = {str(path.relative_to(ROOT / "migrations")) for path in (ROOT / "migrations").rglob("*.py")}
     assert {f"registry/_migrations/{name}" for name in migrations} <= set(names)
+    pages = ROOT / "registry/server/pages"
+    drawn = {str(path.relative_to(ROOT)) for kind in ("templates", "static") for path in (pages / kind).rglob("*.*")}
+    assert {"registry/py.typed", *drawn} <= set(names)
 
 
 def kinds_of_errors() -> list[type[errors.RegistryError]]:

@@ -12,7 +12,7 @@ from factories import NOON, checkpoint, digest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.errors import DirectionUnknown, InvalidInput, UnknownMetric
+from registry.errors import DirectionUnknown, InvalidInput, MixedData, UnknownMetric
 from registry.manifest import Checkpoint, Metric
 from registry.selection import Ranking, best, direction_of, shared_metric, sort_checkpoints
 
@@ -341,3 +341,16 @@ def test_an_unknown_sort_key_lists_the_keys(key: str) -> None:
     ) as caught:
         sort_checkpoints([], key)
     assert (caught.value.field, caught.value.value) == ("sort", key)
+
+
+def test_only_like_is_compared_with_like() -> None:
+    def measured(version: int, value: float, data: str) -> Checkpoint:
+        return checkpoint(version=version, metrics=[Metric(name="hard/loss", value=value, data=data)])
+
+    same = [measured(1, 0.5, "aa"), measured(2, 0.4, "aa")]
+    assert best(same, metric="hard/loss").groups[0].checkpoints[0].version == 2
+    for other in ("bb", ""):
+        with pytest.raises(MixedData) as refused:
+            best([*same, measured(3, 0.3, other)], metric="hard/loss")
+        assert refused.value.data == tuple(sorted(["aa", other]))
+    assert best([*same, measured(3, math.nan, "bb")], metric="hard/loss").without == 1

@@ -58,6 +58,19 @@ def test_a_home_is_always_absolute(home: str) -> None:
     assert Settings.from_environment({"CKPT_HOME": home}).home.is_absolute()
 
 
+def test_memory_for_computed_blocks(tmp_path: Path) -> None:
+    assert settings(tmp_path).cache_bytes == 256 << 20
+    (tmp_path / "config.toml").write_text('cache_bytes = "5"\n')
+    assert settings(tmp_path).cache_bytes == 5
+    assert settings(tmp_path, CKPT_CACHE_BYTES="0").cache_bytes == 0
+
+
+@pytest.mark.parametrize("text", ["256M", "-1", "1.5", "\u0663"])
+def test_a_number_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InvalidSetting):
+        settings(tmp_path, CKPT_CACHE_BYTES=text)
+
+
 def test_somebody_is_asking_even_without_a_name(tmp_path: Path) -> None:
     assert settings(tmp_path).author
 

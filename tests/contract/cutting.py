@@ -76,7 +76,8 @@ def _serve(near: socket.socket, server: tuple[str, int], line: Line) -> None:
             if cut and not cut.received:
                 raise _Over
             near.sendall(head)
-            _pass(far, near, rest, _length(head), cut.received if cut else None)
+            length = 0 if first.startswith("HEAD ") else _length(head)
+            _pass(far, near, rest, length, cut.received if cut else None)
             line.answered.append(first)
 
 

@@ -23,7 +23,7 @@ from sqlalchemy import Engine, event, text
 from registry.db.catalog import Catalog
 from registry.db.listing import Scope
 from registry.db.schema import open_engine, prepare, reading, writing
-from registry.errors import DirectionUnknown, InvalidInput, RegistryError, UnknownAdapter, UnknownMetric
+from registry.errors import DirectionUnknown, InvalidInput, MixedData, RegistryError, UnknownAdapter, UnknownMetric
 from registry.filters import And, Comparison, Exists, Field, Filter, Node, Not, Or, parse_filter
 from registry.manifest import BaseModel, Checkpoint, Format, Metric
 from registry.refs import AdapterName
@@ -101,6 +101,7 @@ def population(count: int = 70) -> list[Checkpoint]:
                     name=choice(METRICS),
                     value=choice(VALUES),
                     split=choice(["", "eval", "test"]),
+                    data=choice(["", "", "", "a1"]),
                     direction=choice([None, None, None, "lower", "higher"]),
                 )
                 for _ in range(choice(range(6)))
@@ -296,7 +297,7 @@ def test_pages_make_up_the_sorted_list(
 def outcome(make: Callable[[], Any]) -> Any:
     try:
         return make()
-    except (UnknownMetric, DirectionUnknown) as error:
+    except (UnknownMetric, DirectionUnknown, MixedData) as error:
         return type(error), error.fields if isinstance(error, UnknownMetric) else ()
 
 

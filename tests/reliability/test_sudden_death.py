@@ -132,14 +132,15 @@ def test_the_server(tmp_path: Path, random: Random) -> None:
 def test_sweeping_a_server_whose_clients_write(tmp_path: Path) -> None:
     """Nobody dies here: whatever a sweep without grace does, no client is told of it."""
     inside = rounds.make_place(tmp_path)
-    with rounds.serving(inside) as running, rounds.writing(running.outside, 2, 1, merging=False) as clients:
-        with inside.open() as registry:
-            end, swept = time.monotonic() + 6, 0
-            while time.monotonic() < end:
-                swept += registry.sweep(grace=timedelta(0)).blobs
-        for client in clients:
-            client.wait_until_told()
-        ledger = rounds.settle(clients)
+    with rounds.serving(inside) as running:
+        with rounds.writing(running.outside, 2, 1, merging=False) as clients:
+            with inside.open() as registry:
+                end, swept = time.monotonic() + 6, 0
+                while time.monotonic() < end:
+                    swept += registry.sweep(grace=timedelta(0)).blobs
+            for client in clients:
+                client.wait_until_told()
+        ledger = rounds.settle(clients)  # when they write no more
     rounds.check(inside, ledger)
     assert swept
     assert not ledger.failures

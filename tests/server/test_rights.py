@@ -11,7 +11,7 @@ import pytest
 from fastapi.routing import APIRoute
 from running import Server, error, serving, settings_of
 
-from registry.server.app import OPEN, PREFIX
+from registry.server.app import OPEN, PREFIX, STATIC
 from registry.teamwork import Role
 
 NEEDED = {
@@ -34,6 +34,17 @@ NEEDED = {
     "GET /jobs/{number}": "reader",
     "GET /jobs/{number}/log": "reader",
     "GET /shipments": "reader",
+    "GET /adapters": "reader",
+    "GET /series": "reader",
+    "GET /metrics/names": "reader",
+    "GET /repositories": "reader",
+    "GET /repository": "reader",
+    "GET /repository/refs": "reader",
+    "GET /repository/file": "reader",
+    "GET /recipes": "reader",
+    "GET /policies": "reader",
+    "GET /policy": "reader",
+    "GET /selection": "reader",
     "GET /signatures": "reader",
     "GET /provenance": "reader",
     "GET /me": "reader",
@@ -56,8 +67,12 @@ NEEDED = {
     "GET /uploads/{hex}": "writer",
     "POST /uploads/{hex}/complete": "writer",
     "POST /signatures": "writer",
+    "POST /keep": "writer",
+    "POST /recipes": "writer",
     "POST /shipments": "shipper",
     "POST /rollback": "shipper",
+    "PUT /policy": "shipper",
+    "DELETE /policy": "shipper",
     "POST /tokens": "admin",
     "GET /tokens": "admin",
     "DELETE /tokens/{name}": "admin",
@@ -94,11 +109,15 @@ def test_every_route_is_in_the_table(server: Server) -> None:
     routes = {
         (method, route.path) for route in server.app.routes if isinstance(route, APIRoute) for method in route.methods
     }
-    assert len(server.app.routes) == len(routes), "a route that is none of FastAPI's"
+    # tests/hub has a table of the Hub's
+    others = {type(route).__name__ for route in server.app.routes if not isinstance(route, APIRoute)}
+    assert others == {"HubRoutes", "BrowsedRepositories"}, "a route that is none of FastAPI's"
+    assert len(server.app.routes) == len(routes) + len(others)
     below = {f"{method} {path.removeprefix(PREFIX)}" for method, path in routes if path.startswith(PREFIX)}
     assert below == set(NEEDED)
-    assert {(method, path) for method, path in routes if not path.startswith(PREFIX)} == {
-        ("GET", path) for path in OPEN
+    pages = {(rule.method, rule.path) for rule in server.app.state.pages}  # tests/web has a table of theirs
+    assert {(method, path) for method, path in routes if not path.startswith(PREFIX)} - pages == {
+        ("GET", path) for path in (*OPEN, STATIC)
     }
 
 
