@@ -1,13 +1,16 @@
-# `make demo` shows the main job; `make test` runs every test; `make lint` what CI also asks for.
+# `make demo` shows the main job; `make loop` what goes on around training; `make test` runs every test; `make lint` what CI also asks for.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo loop test lint bench docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
+
+loop: $(VENV)/.developing
+	$(BIN)/python examples/training_loop.py
 
 test: $(VENV)/.developing
 	$(BIN)/python -m pytest -n auto --dist loadgroup
@@ -34,8 +37,16 @@ $(VENV)/.installed: $(VENV)/bin/pip pyproject.toml constraints.txt hatch_build.p
 	$(PIP) install --quiet -c constraints.txt -e .
 	touch $@
 
-$(VENV)/.developing: $(VENV)/.installed
+$(VENV)/.developing: $(VENV)/.installed $(VENV)/clients/hub-0.36/.made $(VENV)/clients/hub-2/.made
 	$(PIP) install --quiet -c constraints.txt -e ".[team,plot]" --group test --group lint
+	touch $@
+
+# The Hub's own clients, old and new, each with what it wants: the tests of the Hub endpoint run them.
+$(VENV)/clients/hub-0.36/.made: HUB := huggingface_hub==0.36.2 hf_transfer
+$(VENV)/clients/hub-2/.made: HUB := huggingface_hub==2.4.0
+$(VENV)/clients/%/.made: $(VENV)/bin/pip
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip --disable-pip-version-check install --quiet -c constraints.txt $(HUB)
 	touch $@
 
 clean:

@@ -168,6 +168,7 @@ def metric_rows(count: int) -> Iterator[dict[str, Any]]:
                 "recorded_at": START,
                 "author": "ada",
                 "is_current": True,
+                "data": "",
             }
 
 
@@ -220,13 +221,14 @@ def count_metrics(engine: Engine) -> None:
                 MetricRow.name,
                 MetricRow.split,
                 func.coalesce(MetricRow.direction, ""),
+                MetricRow.data,
                 func.count(),
                 func.count(),
             )
             .join_from(MetricRow, CheckpointRow)
-            .group_by(CheckpointRow.adapter_id, MetricRow.name, MetricRow.split, MetricRow.direction)
+            .group_by(CheckpointRow.adapter_id, MetricRow.name, MetricRow.split, MetricRow.direction, MetricRow.data)
         )
-        columns = ["adapter_id", "name", "split", "direction", "checkpoints", "finite"]
+        columns = ["adapter_id", "name", "split", "direction", "data", "checkpoints", "finite"]
         connection.execute(insert(AdapterMetricRow).from_select(columns, counted))
 
 

@@ -51,6 +51,7 @@ comparison false.
 | `CKPT_DATABASE_URL` | `database_url` | SQLite in the home |
 | `CKPT_STORE` | `store` | the folder `store` in the home; any fsspec URL |
 | `CKPT_USER` | `user` | the login name |
+| `CKPT_CACHE_BYTES` | `cache_bytes` | 268435456: memory for blocks of merged models that are computed while they are downloaded |
 | `CKPT_TRACEBACK` | | unset; anything shows where errors come from, as `--traceback` does |
 
 ## Exit codes
