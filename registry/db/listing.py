@@ -48,6 +48,12 @@ class Scope:
         named = [] if self.adapter is None else [is_adapter(self.adapter)]
         return [*named, AdapterRow.namespace.in_(self.namespaces)] if self.namespaces else named
 
+    def has_few(self, session: Session) -> bool:
+        """Whether these are so few that it is best to look at each of them."""
+        if self.adapter is None:
+            return False
+        return (session.scalar(select(AdapterRow.checkpoints).where(*self.adapters())) or 0) <= _FEW
+
     def conditions(self, session: Session) -> list[Condition]:
         """Conditions on a checkpoint's row.
 
@@ -122,7 +128,7 @@ def page(session: Session, scope: Scope, *, sort: str, cursor: str, limit: int) 
     """A part of a list; see `registry.service.Registry.page`."""
     if not 1 <= limit <= MAX_PAGE:
         raise InvalidInput("limit", limit, f"expected 1 to {MAX_PAGE}")
-    order = _order(sort)
+    order = _order(sort, of_few=scope.has_few(session))
     place = _read_cursor(cursor, sort, order.kind) if cursor else None
     conditions = scope.conditions(session)
     found: list[_Place] = []
@@ -160,13 +166,13 @@ def _without_value(
     return [_Place(None, row_id) for row_id in session.scalars(statement.order_by(*order.directed(key)).limit(limit))]
 
 
-def _order(sort: str) -> _Order:
+def _order(sort: str, *, of_few: bool) -> _Order:
     if not sort:
         return _Order(column=CheckpointRow.id.expression, kind=int, descending=True)
     descending = sort.startswith("-")
     name, metric = sort_key(sort)
     if metric:
-        return _by_metric(metric, descending)
+        return _by_metric(metric, descending, of_few=of_few)
     if name == "adapter":
         return _Order(column=adapter_text(), kind=str, descending=descending, table=AdapterRow)
     column, kind, missing = {
@@ -182,8 +188,8 @@ def _order(sort: str) -> _Order:
     return _Order(column=column.expression, kind=kind, descending=descending, present=present, missing=missing)
 
 
-def _by_metric(name: str, descending: bool) -> _Order:
-    present = finite_metric(name)
+def _by_metric(name: str, descending: bool, *, of_few: bool) -> _Order:
+    present = finite_metric(name, of_few=of_few)
     return _Order(
         column=MetricRow.value.expression,
         kind=float,
