@@ -148,7 +148,7 @@ def test_runs_of_litgpt_and_runs_within_runs_are_found(tmp_path: Path, base: Pat
 def test_a_slow_writer_is_not_overtaken(ckpt: Registry, run: Path, base: Path, tmp_path: Path) -> None:
     """In real time: a thread writes a checkpoint in pieces, with pauses just under what is waited for."""
     whole = complete(tmp_path / "elsewhere", base, 10)
-    watched = Watch(run, Outbox(tmp_path / "home"), Registration(adapter="bot"), tmp_path / "home", settle_seconds=0.5)
+    watched = Watch(run, Outbox(tmp_path / "home"), Registration(adapter="bot"), tmp_path / "home", settle_seconds=1.5)
 
     def write() -> None:
         for name in ("trainer_state.json", "adapter_config.json", "adapter_model.safetensors"):
