@@ -9,7 +9,6 @@ from importlib import import_module
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from cli import output
 from cli.errors import explain
@@ -148,9 +147,7 @@ def _explain(error: Exception) -> int:
 
         print_report_as_talk(error.report)
     explanation = explain(error)
-    output.say(f"[bold red]error:[/bold red] {escape(explanation.message)}")
-    if explanation.hint:
-        output.say(f"[dim]{escape(explanation.hint)}[/dim]")
+    output.say_error(explanation.message, explanation.hint)
     return explanation.exit_code
 
 

@@ -87,10 +87,6 @@ def _open(registry: Any, ref: str, wanted: _Wanted) -> Conversation:
     from registry.inference import LoadedDType, Sampling  # noqa: PLC0415
     from registry.inference.conversation import Conversation, find_speaker  # noqa: PLC0415
 
-    if wanted.device not in ("auto", "cpu", "cuda", "mps"):
-        raise InvalidInput("--device", wanted.device, "expected auto, cpu, cuda or mps")
-    if wanted.dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise InvalidInput("--dtype", wanted.dtype, "expected auto, float32, bfloat16 or float16")
     sampling = Sampling(
         max_tokens=wanted.max_tokens, temperature=wanted.temperature, top_p=wanted.top_p, seed=wanted.seed
     )
@@ -168,9 +164,7 @@ class _Chat:
             do(line)
         except RegistryError as error:
             found = explain(error)
-            output.say(f"[bold red]error:[/bold red] {output.plain(found.message)}")
-            if found.hint:
-                output.say(f"[dim]{output.plain(found.hint)}[/dim]")
+            output.say_error(found.message, found.hint)
         except KeyboardInterrupt:
             output.say("stopped")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from cli import output
+from cli import output, parse
 from cli.chat import Device, DType
 from cli.options import Json, Ref, flag
 from registry import connect
@@ -92,7 +92,8 @@ def _of(registry: Any, run: str, adapter: str) -> list[Checkpoint]:
     """The checkpoints of a run, or of an adapter, by step."""
     if not run and not adapter:
         raise InvalidInput("--all-missing", "", "say of which --run or --adapter")
-    found = [each for each in registry.checkpoints(adapter) if not run or each.run == run]
+    quoted = run.replace("'", "''")
+    found = registry.checkpoints(adapter, parse.condition(f"run = '{quoted}'" if run else ""))
     if not found:
         raise InvalidInput("--run", run, "no checkpoint of this run")
     return sorted(found, key=lambda each: (str(each.adapter), each.run, each.step or 0, each.version))

@@ -45,6 +45,13 @@ def say(message: str) -> None:
     talk_console().print(message, soft_wrap=True)
 
 
+def say_error(message: str, hint: str) -> None:
+    """Tell the user what went wrong, and what to do about it if anything."""
+    say(f"[bold red]error:[/bold red] {escape(message)}")
+    if hint:
+        say(f"[dim]{escape(hint)}[/dim]")
+
+
 def print_line(text: str) -> None:
     """One line of data, as it is."""
     sys.stdout.write(f"{text}\n")

@@ -79,6 +79,11 @@ def _ticks(folder: Path, watched: Watch, *, once: bool) -> Iterator[None]:
 
 def _take(watched: Watch, *, json: bool) -> None:
     for taken in watched.look():
+        for each in taken.dropped:
+            if json:
+                _line({"dropped": each.said.source, "step": each.said.step})
+            else:
+                output.say(f"the outbox is full: {each.said.adapter} step {each.said.step} is dropped")
         if taken.problem is not None:
             found = explain(taken.problem)
             if json:

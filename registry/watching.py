@@ -19,7 +19,7 @@ from typing import final
 
 from registry.errors import RegistryError
 from registry.intake import Registration
-from registry.outbox import Outbox
+from registry.outbox import Outbox, Waiting
 
 _CHECKPOINT = re.compile(r"(?:checkpoint|step)-\d+|final")
 _WEIGHTS = (
@@ -38,10 +38,11 @@ _Signature = tuple[tuple[str, int, int], ...]
 @final
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """A checkpoint that went into the outbox, or why it did not."""
+    """A checkpoint that went into the outbox, or why it did not; and the older ones that had to be dropped for it."""
 
     folder: Path
     problem: RegistryError | None = None
+    dropped: tuple[Waiting, ...] = ()
 
 
 @final
@@ -102,10 +103,11 @@ class Watch:
             self._note(place, found)  # not again, until it changes
             yield Taken(place, error)
             return
-        del dropped
-        if signature(place) == found or not place.exists():
+        is_settled = signature(place) == found or not place.exists()
+        if is_settled:
             self._note(place, found)
-            yield Taken(place)
+        if is_settled or dropped:
+            yield Taken(place, dropped=tuple(dropped))
 
     def _note(self, place: Path, found: _Signature) -> None:
         self._taken[self._key(place)] = _mark(found)

@@ -127,6 +127,16 @@ def test_what_is_written_anew_is_taken_anew(
     assert [each.checkpoint.version for each in done] == [1, 2]
 
 
+def test_what_makes_room_for_others_is_told_of(run: Path, base: Path, tmp_path: Path, clock: Clock) -> None:
+    watched = Watch(run, Outbox(tmp_path / "home", limit_bytes=1), Registration(), tmp_path / "home", settle_seconds=5)
+    for step in (10, 20):
+        complete(run, base, step)
+    taken = []
+    for clock.now in range(8):
+        taken += watched.look(clock)
+    assert [[dropped.said.step for dropped in each.dropped] for each in taken] == [[], [10]]
+
+
 def test_runs_of_litgpt_and_runs_within_runs_are_found(tmp_path: Path, base: Path, clock: Clock) -> None:
     root = tmp_path / "all"
     tiny.write_litgpt_run(root / "lit", base=str(base))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, final
+from typing import TYPE_CHECKING, Any, Literal, Protocol, final, get_args
 
 from registry.errors import InvalidInput
 from registry.manifest import BaseFormat, BaseModel, Checkpoint
@@ -132,6 +132,17 @@ class Runner(Protocol):
         """
 
 
+def check_place(device: str, dtype: str) -> None:
+    """See that a device and a dtype are among those that there are.
+
+    Raises:
+        InvalidInput: one is not.
+    """
+    for name, value, known in (("device", device, get_args(Device)), ("dtype", dtype, get_args(LoadedDType))):
+        if value not in known:
+            raise InvalidInput(name, value, f"expected {', '.join(known)}")
+
+
 def open_runner(
     registry: Registry, subject: Checkpoint | BaseModel, *, device: Device = "auto", dtype: LoadedDType = "auto"
 ) -> Runner:
@@ -144,11 +155,13 @@ def open_runner(
         dtype: of the weights in memory; `auto` is that of the model's files.
 
     Raises:
+        InvalidInput: no such device or dtype.
         MissingPackage: what loads such a model is not installed; says what to install.
         OutOfMemory: it does not fit.
         PathNotFound: the base model is not where it was.
         Refused: the checkpoint does not fit its base.
     """
+    check_place(device, dtype)
     base = registry.base(subject.base.hex) if isinstance(subject, Checkpoint) else subject
     runner: Runner
     if base.format is BaseFormat.LITGPT:
@@ -173,6 +186,7 @@ def load_model(
     dtype: LoadedDType = "auto",
 ) -> Any:
     """A checkpoint's model for a program of one's own: see `registry.service.Registry.load`."""
+    check_place(device, dtype)
     base = registry.base(checkpoint.base.hex)
     if base.format is BaseFormat.LITGPT:
         from registry.inference.litgpt_models import load_litgpt  # noqa: PLC0415 - loads torch

@@ -150,8 +150,8 @@ class HuggingFaceRunner:
         folder = folder_of_checkpoint(self._registry, checkpoint)
         self._speaker = folder if _has_tokenizer(folder) else self._folder
 
-    def _put_on(self, checkpoint: Checkpoint) -> str:
-        """Its name on the model, where it is then."""
+    def _put_on(self, checkpoint: Checkpoint, together: int = 1) -> str:
+        """Its name on the model, where it is then with as many others as are needed `together`."""
         name = checkpoint.digest.short
         if name in self._on:
             self._on[name] = self._on.pop(name)
@@ -160,7 +160,7 @@ class HuggingFaceRunner:
         if checkpoint.manifest.format is not Format.PEFT:
             raise InvalidRecipe("checkpoint", checkpoint.ref, "not an adapter of PEFT: `ckpt convert` makes one of it")
         folder = folder_of_checkpoint(self._registry, checkpoint)
-        self._make_room(checkpoint.manifest.method)
+        self._make_room(checkpoint.manifest.method, max(_KEPT_ADAPTERS, together))
         with enough_memory(f"the adapter {checkpoint.ref}", self.device):
             if self._peft is None:
                 self._peft = PeftModel.from_pretrained(self._plain, folder, adapter_name=name).eval()
@@ -169,14 +169,14 @@ class HuggingFaceRunner:
         self._on[name] = checkpoint.manifest.method
         return name
 
-    def _make_room(self, method: str) -> None:
+    def _make_room(self, method: str, most: int) -> None:
         """Adapters of one kind only are on the model at once, and not too many."""
         if self._peft is None:
             return
         if set(self._on.values()) != {method}:
             self._plain, self._peft = self._peft.unload(), None
             self._on.clear()
-        while len(self._on) >= _KEPT_ADAPTERS:
+        while len(self._on) >= most:
             oldest = next(iter(self._on))
             self._peft.delete_adapter(oldest)
             del self._on[oldest]
@@ -190,7 +190,7 @@ class HuggingFaceRunner:
         name = "+".join(f"{checkpoint.digest.short}:{weight:g}" for checkpoint, weight in weighed).replace(".", "_")
         if name in self._on:
             return name
-        names = [self._put_on(checkpoint) for checkpoint, _ in weighed]
+        names = [self._put_on(checkpoint, len(weighed)) for checkpoint, _ in weighed]
         weights = [weight for _, weight in weighed]
         cast("Any", self._peft).add_weighted_adapter(names, weights, adapter_name=name, combination_type="cat")
         self._on[name] = "lora"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, final
 
-from registry.errors import OutOfMemory
+from registry.errors import InvalidInput, OutOfMemory
 from registry.inference import Sampling, TokenScores
 
 if TYPE_CHECKING:
@@ -93,9 +93,7 @@ def enough_memory(what: str, device: str) -> Iterator[None]:
 
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(what, device) from error
-    except MemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemory(what, device) from error
     except RuntimeError as error:  # the CPU's allocator has no class of its own
         if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
@@ -104,11 +102,16 @@ def enough_memory(what: str, device: str) -> Iterator[None]:
 
 
 def pick_device(wanted: str) -> str:
-    """Where to compute: what was asked for, or the fastest there is."""
+    """Where to compute: what was asked for, or the fastest there is.
+
+    Raises:
+        InvalidInput: this machine has no such device.
+    """
     import torch  # noqa: PLC0415
 
-    if wanted != "auto":
-        return wanted
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        return next(device for device, is_there in there.items() if is_there)
+    if not there[wanted]:
+        raise InvalidInput("device", wanted, "this machine has none that torch can use")
+    return wanted

@@ -103,6 +103,9 @@ def test_wrong_words_are_said(bot: Ckpt, tmp_path: Path) -> None:
         ("eval", "--all-missing", "--data", data),
         ("eval", "--all-missing", "--run", "nothing", "--data", data),
         ("eval", "bot", "--data", data, "--metric", "bleu"),
+        ("eval", "bot", "--data", data, "--device", "tpu"),
+        ("eval", "bot", "--data", data, "--device", "mps"),
+        ("eval", "bot", "--data", data, "--dtype", "int8"),
         ("eval", "bot", "--command", "'"),
     ):
         assert bot(*words).code == 2, words

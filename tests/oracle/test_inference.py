@@ -99,6 +99,15 @@ def _of_folder(folder: Path, ids: list[int]) -> np.ndarray:
         return model(input_ids=torch.tensor([ids])).logits[0].float().numpy()
 
 
+def test_more_are_added_up_than_are_kept(registered: Registry, runner: Runner, runs: Path) -> None:
+    found = [registered.resolve(f"bot@step:{step}") for step in (20, 40, 60, 80, 100, 120)]
+    runner.use([(each, float(each.step == 100)) for each in found])
+    ids = runner.prompt(QUESTION)
+    np.testing.assert_allclose(runner.logits(ids), by_hand(runs, 100, ids), atol=2e-4)
+    runner.use(found[0])
+    np.testing.assert_allclose(runner.logits(ids), by_hand(runs, 20, ids), atol=1e-5)
+
+
 def test_the_merged_model_is_the_materialised_one_and_nothing_is_written(
     registered: Registry, runner: Runner, last: Checkpoint, tmp_path: Path
 ) -> None:
