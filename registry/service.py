@@ -957,8 +957,8 @@ class Registry:
         """
         from registry.policies import parse_policy, select
 
-        text = policy or self.policy(adapter).text
-        return select(parse_policy(text), self.checkpoints(adapter))
+        checkpoints = self.checkpoints(adapter)
+        return select(parse_policy(policy or self.policy(adapter).text), checkpoints)
 
     def keep(self, adapter: str, rule: str, *, dry_run: bool = True) -> Retained:
         """Remove the checkpoints of an adapter that are not worth keeping; see `registry.retention`.

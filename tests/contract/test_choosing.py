@@ -69,6 +69,8 @@ def test_what_makes_no_sense_is_refused(measured: Registry) -> None:
         measured.set_policy("bot", "accuracy >= 0.8")
     with pytest.raises(UnknownAdapter):
         measured.set_policy("nobody", "loss min")
+    with pytest.raises(UnknownAdapter):
+        measured.select("nobody")
     with pytest.raises(InvalidInput):
         measured.keep("bot", "everything")
 
