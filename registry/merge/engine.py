@@ -187,7 +187,6 @@ class _Weights:
                 try:
                     for future in as_completed(writing):
                         written[writing[future].path] = future.result()
-                        self._journal.add(*future.result())
                 except BaseException:
                     pieces.stop()
                     pool.shutdown(cancel_futures=True)
@@ -208,6 +207,8 @@ class _Weights:
         writing = _FileWriting(file, self._plan, pieces, self._tell)
         written = writing.run(self._sink)
         with self._lock:
+            # Before this thread begins with another file: a process that is killed then has finished this one.
+            self._journal.add(*written)
             self._largest_delta = max(self._largest_delta, writing.largest_delta)
             pieces.finish_file()
         return written
