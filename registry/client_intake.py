@@ -12,7 +12,7 @@ from registry.base_folders import AddedBase, fingerprint_of, places_of_base
 from registry.client_files import entries_of, send
 from registry.client_wire import LONG_SECONDS, Wire
 from registry.disk import appearing, passing
-from registry.errors import Changed, DamagedBlob, NotACheckpoint, PathNotFound, Refused, UnknownBase, UnreadableFile
+from registry.errors import Changed, DamagedBlob, NotACheckpoint, PathNotFound, Refused, UnknownBase
 from registry.fingerprint import DigestCache
 from registry.formats import Adapter, Found, read_adapter
 from registry.formats.base_model import BaseHead, read_base
@@ -20,12 +20,11 @@ from registry.intake import (
     Intake,
     Registered,
     Registration,
-    check_model_words,
     check_words,
-    model_places,
     report_on,
     search,
     size_of,
+    take_models,
 )
 from registry.locations import Location, local_folder, open_location
 from registry.manifest import BaseModel, FileEntry, Fingerprint, Report, utc_now
@@ -46,8 +45,11 @@ def register(wire: Wire, settings: Settings, path: str, said: Registration, prog
     """Register a checkpoint or a run that lies here; what it does and raises is told at `registry.registering.register`."""
     try:
         place = search(path, with_state=said.with_state)
-    except NotACheckpoint as refusal:
-        return _register_models(wire, settings, path, said, refusal, progress)
+    except NotACheckpoint:
+        add = partial(add_base, wire, settings, name=said.adapter, arch_version=said.arch_version, progress=progress)
+        if models := take_models(path, said, add):
+            return models
+        raise
     check_words(said, len(place.found))
     bases = _Bases(wire, settings, said, progress)
     checked = [bases.match(found) for found in place.found]
@@ -127,26 +129,6 @@ class _Bases:
         if key not in self._known:
             self._known[key] = look(said.base) if said.base else look(found.adapter, near=found.location.url)
         return found, self._known[key], report_on(found, self._known[key], said)
-
-
-def _register_models(
-    wire: Wire, settings: Settings, path: str, said: Registration, refusal: NotACheckpoint, progress: Progress
-) -> Intake:
-    places = model_places(path)
-    if not places:
-        raise refusal
-    check_model_words(said, len(places))
-    added, unreadable = [], []
-    for place in places:
-        try:
-            added.append(
-                add_base(wire, settings, place, name=said.adapter, arch_version=said.arch_version, progress=progress)
-            )
-        except UnreadableFile as error:
-            unreadable.append(type(error)(f"{place}/{error.path}", error.reason))
-    if not added:
-        raise unreadable[0]
-    return Intake(registered=(), unreadable=tuple(unreadable), models=tuple(added))
 
 
 # -- base models

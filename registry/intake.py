@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from registry.base_folders import AddedBase
@@ -119,18 +119,6 @@ def _of_run(found: Found, *, with_state: bool) -> Found:
     )
 
 
-def model_places(path: str) -> list[str]:
-    """Every folder with a whole model in a place: the place itself, or those of a run; none where there is none.
-
-    Args:
-        path: of a folder, or of the weights file in it; or a URL.
-    """
-    file = local_folder(path)
-    if file is None or not os.path.isfile(file):
-        return list(places_with_models(open_location(path)))
-    return list(places_with_models(open_location(str(file.parent)))) if file.suffix in (".pth", ".safetensors") else []
-
-
 def size_of(found: Found) -> int:
     """Bytes of the files that a checkpoint is made of."""
     sizes = found.location.files()
@@ -150,12 +138,44 @@ def report_on(found: Found, base: BaseModel, said: Registration) -> Report:
     return report
 
 
-def check_model_words(said: Registration, count: int) -> None:
-    """See that what is said can be said of whole models, which have a name and an architecture version and no place for anything else.
+def take_models(path: str, said: Registration, add: Callable[[str], AddedBase]) -> Intake | None:
+    """Record the whole models of a place, which need no base model; None where there are none.
+
+    Their places name them, unless the caller names the only one.
+
+    Args:
+        path: of a folder, or of the weights file in it; or a URL.
+        said: about them.
+        add: records the model in a folder.
 
     Raises:
-        InvalidInput: it cannot.
+        InvalidInput: something is said that a whole model has no place for.
+        UnreadableFile: every one of them is damaged.
     """
+    places = _model_places(path)
+    if not places:
+        return None
+    _check_model_words(said, len(places))
+    added, unreadable = [], []
+    for place in places:
+        try:
+            added.append(add(place))
+        except UnreadableFile as error:
+            unreadable.append(type(error)(f"{place}/{error.path}", error.reason))
+    if not added:
+        raise unreadable[0]
+    return Intake(registered=(), unreadable=tuple(unreadable), models=tuple(added))
+
+
+def _model_places(path: str) -> list[str]:
+    """Every folder with a whole model in a place: the place itself, or those of a run."""
+    file = local_folder(path)
+    if file is None or not os.path.isfile(file):
+        return list(places_with_models(open_location(path)))
+    return list(places_with_models(open_location(str(file.parent)))) if file.suffix in (".pth", ".safetensors") else []
+
+
+def _check_model_words(said: Registration, count: int) -> None:
     for name in ("base", "run", "step", "metrics", "note", "tags"):
         value = getattr(said, name)
         if value not in ("", None, (), {}):

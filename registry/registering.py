@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 
 from registry.base_models import add_base, base_of_adapter, find_base
-from registry.errors import Changed, Conflict, NotACheckpoint, NotFound, Refused, UnknownCheckpoint, UnreadableFile
+from registry.errors import Changed, Conflict, NotACheckpoint, NotFound, Refused, UnknownCheckpoint
 from registry.formats import Found, read_adapter
 from registry.formats.adapter import TOKENIZER_FILES, Adapter
 from registry.intake import Intake as Intake
 from registry.intake import Received as Received
 from registry.intake import Registered as Registered
 from registry.intake import Registration as Registration
-from registry.intake import check_model_words, check_words, model_places, report_on, search, size_of
+from registry.intake import check_words, report_on, search, size_of, take_models
 from registry.manifest import (
     BaseModel,
     Checkpoint,
@@ -50,8 +50,11 @@ def register(workspace: Workspace, path: str, said: Registration, *, progress: P
     """
     try:
         place = search(path, with_state=said.with_state)
-    except NotACheckpoint as refusal:
-        return _register_models(workspace, path, said, refusal, progress)
+    except NotACheckpoint:
+        add = partial(add_base, workspace, name=said.adapter, arch_version=said.arch_version, progress=progress)
+        if models := take_models(path, said, add):
+            return models
+        raise
     check_words(said, len(place.found))
     bases: dict[str, BaseModel] = {}
     checked = [(found, *_match(workspace, found, said, bases, progress)) for found in place.found]
@@ -124,27 +127,6 @@ def _look_up_base(workspace: Workspace, name: str, bases: dict[str, BaseModel]) 
 
 def _storing(progress: Progress, total_bytes: int, done_bytes: int) -> None:
     progress("storing", done_bytes, total_bytes)
-
-
-def _register_models(
-    workspace: Workspace, path: str, said: Registration, refusal: NotACheckpoint, progress: Progress
-) -> Intake:
-    """Record the whole models of a place. Their places name them, unless the caller names the only one."""
-    places = model_places(path)
-    if not places:
-        raise refusal
-    check_model_words(said, len(places))
-    added, unreadable = [], []
-    for place in places:
-        try:
-            added.append(
-                add_base(workspace, place, name=said.adapter, arch_version=said.arch_version, progress=progress)
-            )
-        except UnreadableFile as error:
-            unreadable.append(type(error)(f"{place}/{error.path}", error.reason))
-    if not added:
-        raise unreadable[0]
-    return Intake(registered=(), unreadable=tuple(unreadable), models=tuple(added))
 
 
 def _match(
