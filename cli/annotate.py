@@ -87,7 +87,7 @@ def alias_rm(
 
 
 def rm(ref: Ref, yes: Annotated[bool, flag("--yes", "Do not ask.", "-y")] = False) -> None:
-    """Remove a checkpoint. Refused while it has an alias, or when it was shipped or merged."""
+    """Remove a checkpoint. Refused while it has an alias or a recipe that is kept needs it, or when it was shipped or merged."""
     with connect() as registry:
         checkpoint = registry.resolve(ref)
         if not output.confirm(f"remove {checkpoint.ref} ({checkpoint.digest.short})?", yes=yes):

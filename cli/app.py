@@ -40,6 +40,7 @@ COMMANDS = (
     ("generate", "cli.chat:generate", "Try"),
     ("check", "cli.merge:check", "Check and merge"),
     ("merge", "cli.merge:merge", "Check and merge"),
+    ("recipe", "cli.recipe:recipe_app", "Check and merge"),
     ("resume", "cli.resume:resume", "Try"),
     ("report", "cli.report:report", "Choose"),
     ("combine", "cli.combine:combine", "Check and merge"),
@@ -125,10 +126,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         make_app(words[0] if words else "")(_with_bare_best(words), prog_name="ckpt")
     except SystemExit as end:
         if end.code == _INTERRUPTED:  # Typer turns an interrupt of a command into this, without a word
-            _say_interrupted()
+            _say_interrupted(end)
         raise
-    except KeyboardInterrupt:
-        _say_interrupted()
+    except KeyboardInterrupt as interrupt:
+        _say_interrupted(interrupt)
         sys.exit(_INTERRUPTED)
     except BrokenPipeError:
         # Whoever read our output has seen enough; Python must not complain while it flushes the rest.
@@ -151,8 +152,17 @@ def _explain(error: Exception) -> int:
     return explanation.exit_code
 
 
-def _say_interrupted() -> None:
-    output.say("interrupted; what is finished is kept, run it again to go on")
+def _say_interrupted(error: BaseException) -> None:
+    from registry.following import Unfollowed  # noqa: PLC0415 - most commands follow no job
+
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, Unfollowed):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        output.say("interrupted; what is finished is kept, run it again to go on")
+    else:
+        watch, stop = f"`ckpt jobs show {cause.job} --follow` watches it", f"`ckpt jobs cancel {cause.job}` stops it"
+        output.say(f"interrupted; job {cause.job} goes on: {watch}, {stop}")
 
 
 def _with_bare_best(words: list[str]) -> list[str]:

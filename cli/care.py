@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
@@ -11,6 +11,10 @@ from cli import output, parse
 from cli.options import Json, flag
 from registry import connect
 from registry.codec import plain
+from registry.local_copies import sweep_copies
+
+if TYPE_CHECKING:
+    from registry.sweeping import Swept
 
 _DAMAGED, _NOT_WELL = 7, 5
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
@@ -20,18 +24,36 @@ def gc(
     grace: Annotated[
         str, typer.Option(metavar="AGE", help="How long a file must have been marked first, such as 24h or 7d.")
     ] = "24h",
+    unused: Annotated[
+        str,
+        typer.Option(metavar="AGE", help="How long a serving engine's copy on this machine must not have been used."),
+    ] = "30d",
+    local: Annotated[bool, flag("--local", "Only the copies on this machine, for which no right is needed.")] = False,
     dry_run: Annotated[bool, flag("--dry-run", "Only say what would be removed.")] = False,
     json: Json = False,
 ) -> None:
-    """Mark the files of the store that nothing needs, and remove those that were marked long enough ago. Safe while others work."""
+    """Mark the files of the store that nothing needs, and remove those that were marked long enough ago. Safe while others work.
+
+    Messages to webhooks that arrived or failed 30 days ago are forgotten, and copies for serving engines removed that are used no more.
+    """
+    waits, idle = parse.duration(grace), parse.duration(unused)
     with connect() as registry:
-        swept = registry.sweep(grace=parse.duration(grace), dry_run=dry_run)
+        swept = None if local else registry.sweep(grace=waits, dry_run=dry_run)
+        copies = sweep_copies(registry.settings.home, unused=idle, dry_run=dry_run)
     if json:
-        output.print_json(plain(swept))
+        output.print_json({**(plain(swept) if swept else {}), **plain(copies)})
         return
-    output.print_line(
-        f"{'would remove' if dry_run else 'removed'} {swept.blobs} files, {output.size(swept.size_bytes)}"
-    )
+    done = "would remove" if dry_run else "removed"
+    if swept is not None:
+        _print_swept(swept, done, grace)
+    if local or copies.copies:
+        output.print_line(f"{done} {copies.copies} copies for serving, {output.size(copies.copies_bytes)}")
+
+
+def _print_swept(swept: Swept, done: str, grace: str) -> None:
+    output.print_line(f"{done} {swept.blobs} files, {output.size(swept.size_bytes)}")
+    if swept.deliveries:
+        output.print_line(f"{done} {swept.deliveries} messages to webhooks from their log")
     if swept.marked:
         output.say(
             f"{swept.marked} more, {output.size(swept.marked_bytes)}, are not needed: a `ckpt gc` in {grace} removes them"
@@ -62,8 +84,11 @@ def verify(
 
 def doctor(json: Json = False) -> None:
     """Look at the settings, the database, the store, clocks, versions and room, and say what to do. Exits with 5 on a problem."""
+    from registry.diagnosing import diagnose_from  # noqa: PLC0415 - the other commands need not wait for it
+
     with connect() as registry:
-        found = registry.diagnose()
+        settings = registry.settings
+        found = diagnose_from(settings, registry.diagnose) if settings.server else registry.diagnose()
     if json:
         output.print_json(plain(found))
     else:

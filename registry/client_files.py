@@ -15,7 +15,7 @@ from blake3 import blake3
 from registry.arriving import arrive_in_parts
 from registry.client_wire import Wire
 from registry.disk import check_free
-from registry.errors import Changed, Conflict, ServerFailed
+from registry.errors import Changed, Conflict
 from registry.formats.adapter import read_json
 from registry.locations import Location, open_location
 from registry.manifest import FileEntry, Recipe, content_digest
@@ -27,7 +27,6 @@ WHOLE_BYTES = 64 << 20  # a server takes no more at once
 PART_BYTES = 32 << 20
 _THREADS = 4
 _BLOCK_BYTES = 1 << 20
-_MOST_CUTS = 5  # without a byte in between
 
 
 # -- there
@@ -175,7 +174,7 @@ def hashed(wire: Wire, subject: str, files: Sequence[FileEntry], progress: Progr
 
 def _hashed(wire: Wire, subject: str, entry: FileEntry, advance: Callable[[int], None]) -> FileEntry:
     name, sha256 = blake3(), hashlib.sha256()
-    for piece in _pieces(wire, subject, entry, 0):
+    for piece in _read(wire, subject, entry, 0):
         name.update(piece)
         sha256.update(piece)
         advance(len(piece))
@@ -210,19 +209,8 @@ def is_copied(folder: Path, recipe: Recipe) -> bool:
 
 @contextmanager
 def _opened(wire: Wire, subject: str, entry: FileEntry, offset_bytes: int) -> Iterator[Iterator[bytes]]:
-    yield _pieces(wire, subject, entry, offset_bytes)
+    yield _read(wire, subject, entry, offset_bytes)
 
 
-def _pieces(wire: Wire, subject: str, entry: FileEntry, offset_bytes: int) -> Iterator[bytes]:
-    """The bytes of a file from an offset on; where they are cut off, they are asked for from there."""
-    cuts = 0
-    while offset_bytes < entry.size_bytes:
-        with wire.stream("/file", {"subject": subject, "path": entry.path}, offset_bytes) as pieces:
-            try:
-                for piece in pieces:
-                    offset_bytes, cuts = offset_bytes + len(piece), 0
-                    yield piece
-            except ServerFailed:
-                cuts += 1
-                if cuts > _MOST_CUTS:
-                    raise
+def _read(wire: Wire, subject: str, entry: FileEntry, offset_bytes: int) -> Iterator[bytes]:
+    return wire.read("/file", {"subject": subject, "path": entry.path}, offset_bytes, entry.size_bytes)

@@ -6,13 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from registry.client_wire import LONG_SECONDS, Wire, check_namespaces
-from registry.errors import PathNotFound, ServerFailed
+from registry.errors import PathNotFound
 
 if TYPE_CHECKING:
     from registry.client import RemotePlanned
-    from registry.results import KeptRecipe, Repository, RepositoryFile, RepositoryLine, RepositoryRef
-
-_MOST_CUTS = 5  # without a byte in between
+    from registry.results import KeptRecipe, Repository, RepositoryLine, RepositoryRef
 
 
 class Repositories:
@@ -49,21 +47,11 @@ class Repositories:
         file = next((each for each in repository.files if each.path == path), None)
         if file is None:
             raise PathNotFound(f"{repository.id}/{path}")
-        return self._pieces(repository, file, start, file.size_bytes if end is None else min(end, file.size_bytes))
-
-    def _pieces(self, repository: Repository, file: RepositoryFile, start: int, end: int) -> Iterator[bytes]:
-        """Where they are cut off, they are asked for from there; the commit that they are asked of never means others."""
-        asked, cuts = {"id": repository.id, "revision": repository.commit, "path": file.path}, 0
-        while start < end:
-            with self._wire.stream("/repository/file", asked, start, end) as pieces:
-                try:
-                    for piece in pieces:
-                        start, cuts = start + len(piece), 0
-                        yield piece
-                except ServerFailed:
-                    cuts += 1
-                    if cuts > _MOST_CUTS:
-                        raise
+        # The commit that is asked for never means other bytes.
+        asked = {"id": repository.id, "revision": repository.commit, "path": path}
+        return self._wire.read(
+            "/repository/file", asked, start, file.size_bytes if end is None else min(end, file.size_bytes)
+        )
 
     def save_recipe(self, planned: RemotePlanned, note: str = "") -> Repository:
         """Keep the recipe of a plan without carrying it out."""
@@ -77,3 +65,9 @@ class Repositories:
         from registry.results import KeptRecipe
 
         return self._wire.get(list[KeptRecipe], "/recipes")
+
+    def remove_recipe(self, recipe: str) -> KeptRecipe:
+        """Keep a recipe no longer; gives what it was."""
+        from registry.results import KeptRecipe
+
+        return self._wire.write(KeptRecipe, "DELETE", "/recipes", query={"recipe": recipe})

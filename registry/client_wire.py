@@ -7,8 +7,9 @@ import random
 import re
 import secrets
 import time
+from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TypeVar, final
@@ -34,7 +35,9 @@ _CONNECT_SECONDS = 5.0
 PATIENCE_SECONDS = 20.0
 _PATIENCE_TO_CONNECT_SECONDS = 2.0
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 4.0
+_MOST_CUTS = 5  # of a stream, without a byte in between
 _TOKEN = re.compile(r"[\x21-\x7e]*")
+_BETWEEN = re.compile(r"[\s\[,]*")
 _PASSING = frozenset({429, 502, 503, 504})
 
 
@@ -68,7 +71,7 @@ class Wire:
     Args:
         url: where it is.
         token: shown to it; empty for none.
-        patience_seconds: how long a request is made again that was not answered, or is to be made later.
+        patience_seconds: for how long after its first failure a request is made again that was not answered, or is to be made later.
     """
 
     def __init__(self, url: str, token: str, patience_seconds: float = PATIENCE_SECONDS) -> None:
@@ -155,25 +158,36 @@ class Wire:
         headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size_bytes)}
         self._ask(_Asked(method, path, {}, headers, body=body))
 
-    @contextmanager
-    def stream(
-        self, path: str, query: Query, offset_bytes: int = 0, end_bytes: int | None = None
-    ) -> Iterator[Iterator[bytes]]:
-        """The bytes at a path, from an offset on, up to another or to the end, as they come. Once they come, nothing is asked again here.
+    def read(self, path: str, query: Query, start: int, end: int) -> Iterator[bytes]:
+        """Bytes `start … end` at a path, in pieces. Where they are cut off, they are asked for from there.
 
         Raises:
             ServerFailed: they do not come, or not from there on.
         """
-        headers = {"Accept": "application/octet-stream", "Accept-Encoding": "identity"}
-        is_part = bool(offset_bytes) or end_bytes is not None
-        if is_part:
-            headers["Range"] = f"bytes={offset_bytes}-" + ("" if end_bytes is None else str(end_bytes - 1))
+        cuts = 0
+        while start < end:
+            with self._stream(path, query, start, end) as pieces:
+                try:
+                    for piece in pieces:
+                        start, cuts = start + len(piece), 0
+                        yield piece
+                except ServerFailed:
+                    cuts += 1
+                    if cuts > _MOST_CUTS:
+                        raise
+
+    @contextmanager
+    def _stream(self, path: str, query: Query, start: int, end: int) -> Iterator[Iterator[bytes]]:
+        """Those bytes, as they come. Once they come, nothing is asked again here."""
+        headers = {
+            "Accept": "application/octet-stream",
+            "Accept-Encoding": "identity",
+            "Range": f"bytes={start}-{end - 1}",
+        }
         answer = self._ask(_Asked("GET", path, query, headers, is_streamed=True))
         try:
-            if is_part and answer.status_code != httpx.codes.PARTIAL_CONTENT:
-                raise ServerFailed(
-                    self.url, f"expected the bytes from {offset_bytes} on, found status {answer.status_code}"
-                )
+            if answer.status_code != httpx.codes.PARTIAL_CONTENT:
+                raise ServerFailed(self.url, f"expected the bytes from {start} on, found status {answer.status_code}")
             yield self._pieces(answer)
         finally:
             answer.close()
@@ -184,16 +198,37 @@ class Wire:
         except httpx.TransportError as error:
             raise _unanswered(self.url, error) from error
 
+    def each(self, kind: type[T], path: str, *, patience_seconds: float = READ_SECONDS) -> Iterator[T]:
+        """The objects of a list at a path, as they come: the list is never held whole.
+
+        Args:
+            kind, path, patience_seconds: as `get`.
+
+        Raises:
+            as `get`.
+        """
+        headers = {"Accept-Encoding": "identity"}
+        answer = self._ask(_Asked("GET", path, {}, headers, is_streamed=True, patience_seconds=patience_seconds))
+        try:
+            for document in _elements(self._pieces(answer)):
+                yield from_json(kind, document)
+        except (ValueError, InvalidInput) as error:
+            raise self._unreadable(error) from error
+        finally:
+            answer.close()
+
     def _ask(self, asked: _Asked) -> httpx.Response:
         """Ask until there is an answer that will not be another one soon."""
-        asked_at, pauses = time.monotonic(), _pauses()
+        failing_since, pauses = None, _pauses()
         headers = {**asked.headers, "X-Request-Id": secrets.token_hex(8)}
         while True:
             found = self._try(asked, headers)
             if isinstance(found, httpx.Response):
                 return found
-            pause = max(next(pauses), found.wait_seconds)
-            if time.monotonic() - asked_at + pause > found.patience_seconds:
+            now, pause = time.monotonic(), max(next(pauses), found.wait_seconds)
+            # Not since it was first asked: an answer that took long and was lost on its way is worth asking for again.
+            failing_since = failing_since or now
+            if now - failing_since + pause > found.patience_seconds:
                 raise found.error
             time.sleep(pause)
 
@@ -217,7 +252,7 @@ class Wire:
         return _Failure(self._problem(answer), self._patience if is_passing else 0.0, _seconds_wanted(answer))
 
     def _patience_with(self, error: httpx.TransportError) -> float:
-        if isinstance(error, (httpx.LocalProtocolError, httpx.UnsupportedProtocol)):
+        if isinstance(error, (httpx.LocalProtocolError, httpx.UnsupportedProtocol, httpx.ReadTimeout)):
             return 0.0
         is_down = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
         # One that was there a moment ago is being started anew; one that never was may not be there at all.
@@ -228,7 +263,10 @@ class Wire:
             document = answer.json()
             return from_json(kind, document)
         except (ValueError, InvalidInput) as error:
-            raise ServerFailed(self.url, f"an answer that cannot be read: {error}") from error
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> ServerFailed:
+        return ServerFailed(self.url, f"an answer that cannot be read: {error}")
 
     def _problem(self, answer: httpx.Response) -> RegistryError:
         """What an answer that is no success says."""
@@ -242,6 +280,24 @@ class Wire:
         finally:
             answer.close()
         return ServerFailed(self.url, said)
+
+
+def _elements(pieces: Iterator[bytes]) -> Iterator[object]:
+    """The objects of a JSON list, of which one at most is held with the piece that it ends in.
+
+    Raises:
+        ValueError: it is no such list, or ends too early.
+    """
+    decoder, decode, held = json.JSONDecoder(), getincrementaldecoder("utf-8")("surrogatepass").decode, ""
+    for piece in pieces:
+        held, place = held + decode(piece), 0
+        with suppress(json.JSONDecodeError):  # the rest of it is still to come
+            while True:
+                found, place = decoder.raw_decode(held, _BETWEEN.match(held, place).end())  # type: ignore[union-attr]
+                yield found
+        held = held[place:]
+    if held.strip(" \t\r\n[,") != "]":
+        raise ValueError("a list was expected, to its end")
 
 
 def _pauses() -> Iterator[float]:

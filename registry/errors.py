@@ -17,7 +17,7 @@ and the exit code or HTTP status are decided at the edge (see `cli/errors.py`).
     │   ├── PathNotFound
     │   ├── UnknownAdapter, UnknownCheckpoint, UnknownBase, UnknownMerged, UnknownEnvironment
     │   ├── UnknownRepository, UnknownRevision
-    │   ├── UnknownJob, UnknownToken, UnknownWebhook, UnknownSignature, UnknownPolicy
+    │   ├── UnknownJob, UnknownToken, UnknownWebhook, UnknownSignature, UnknownPolicy, UnknownRecipe
     │   ├── NoTokenizer, NoChatTemplate, NoTrainerState
     │   └── UnknownMetric
     ├── Ambiguous               several things have this name
@@ -221,6 +221,13 @@ class UnknownPolicy(NotFound):
 
     code = "unknown_policy"
     kind = "policy of"
+
+
+class UnknownRecipe(NotFound):
+    """No recipe of this id is kept."""
+
+    code = "unknown_recipe"
+    kind = "kept recipe"
 
 
 class UnknownRepository(NotFound):

@@ -498,3 +498,13 @@ def save_recipe(workspace: Workspace, planned: Planned, note: str = "") -> KeptR
         detail = nothing_but({"with": [each.ref for each in others], "note": note})
         change.record("recipe.save", first.ref, recipe=recipe.digest.hex, **detail)
         return kept
+
+
+def remove_recipe(workspace: Workspace, recipe: str) -> KeptRecipe:
+    """Keep a recipe no longer; see `registry.service.Registry.remove_recipe`."""
+    with workspace.writing() as change:
+        kept = change.catalog.recipes.remove(recipe)
+        first, *others = kept.checkpoints
+        detail = nothing_but({"with": others, "note": kept.note})
+        change.record("recipe.remove", first, recipe=kept.recipe.digest.hex, **detail)
+        return kept

@@ -151,6 +151,7 @@ def recipes(catalog: Catalog, prefix: str) -> list[KeptRecipe]:
                 note=each.note,
                 created_at=each.created_at,
                 author=each.author,
+                merged=each.digest,
             )
             for each in catalog.merged.of_recipes(prefix)
             if each.recipe.digest not in known

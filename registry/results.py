@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Literal
 
 from registry.errors import RegistryError
-from registry.manifest import BaseModel, Checkpoint, Merged, Recipe, Report, Shipment, TensorRecord
+from registry.manifest import BaseModel, Checkpoint, Direction, Merged, Recipe, Report, Shipment, TensorRecord
 from registry.refs import AdapterName, Digest
 
 
@@ -135,7 +135,7 @@ class RepositoryLine:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptRecipe:
     """A recipe that is kept without being carried out: whoever asks for its model gets it computed. `checkpoints` are the inputs as
-    references, in the recipe's order; `base` is the base model's name.
+    references, in the recipe's order; `base` is the base model's name. `merged` is the model, where it was carried out all the same.
     """
 
     recipe: Recipe
@@ -144,11 +144,21 @@ class KeptRecipe:
     note: str
     created_at: datetime
     author: str
+    merged: Digest | None = None
 
     @property
     def repository(self) -> str:
         """The id of its repository."""
         return f"merged-{self.recipe.digest.short}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvironmentLine:
+    """What went live in an environment last, the newest first, and how many others are live."""
+
+    name: str
+    newest: tuple[Shipment, ...]
+    others: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,3 +169,13 @@ class AdapterLine:
     checkpoints: int
     newest: Checkpoint
     metrics: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leader:
+    """The best checkpoint of an adapter by a metric, and the metric's values in that one's run."""
+
+    best: Checkpoint
+    metric: str
+    direction: Direction
+    curve: tuple[float, ...]

@@ -84,6 +84,9 @@ if TYPE_CHECKING:
     )
 
 
+_EVENTS_AT_ONCE = 1000
+
+
 @final
 class Registry:
     """A registry in this process. Use `registry.connect()` to make one; it is a context manager."""
@@ -400,6 +403,32 @@ class Registry:
         with self._workspace.reading() as catalog:
             return catalog.events.all(subject, limit, author=author, since=since)
 
+    def history_page(
+        self,
+        subject: str = "",
+        *,
+        author: str = "",
+        since: datetime | None = None,
+        cursor: str = "",
+        limit: int = 100,
+        namespaces: Sequence[str] = (),
+    ) -> Page[Event]:
+        """A part of the history, oldest first: the last so many, or those before a page.
+
+        Args:
+            subject, author, since: as `history`.
+            cursor: those before, as the page that follows said.
+            limit: the most to give, up to 10000.
+            namespaces: those that may be seen; none: all.
+
+        Raises:
+            InvalidInput: the cursor or the limit is not acceptable.
+        """
+        with self._workspace.reading() as catalog:
+            return catalog.events.page(
+                subject, author=author, since=since, cursor=cursor, limit=limit, namespaces=namespaces
+            )
+
     def verify_chain(self) -> AuditState:
         """Walk the chain of events to its end.
 
@@ -410,9 +439,18 @@ class Registry:
             return catalog.events.verify()
 
     def export_audit(self) -> Iterator[Event]:
-        """Every event, oldest first, a few at a time; `registry.auditing` checks them and writes them down."""
-        with self._workspace.reading() as catalog:
-            yield from catalog.events.each()
+        """Every event, oldest first; `registry.auditing` checks them and writes them down.
+
+        However slowly they are taken, no transaction waits meanwhile.
+        """
+        last: Event | None = None
+        is_more = True
+        while is_more:
+            with self._workspace.reading() as catalog:
+                found = catalog.events.after(last, _EVENTS_AT_ONCE)
+            yield from found
+            is_more = len(found) == _EVENTS_AT_ONCE
+            last = found[-1] if found else None
 
     def verify(self, *, read_data: bool = False, subset: str = "", progress: Progress = silent) -> StoreCheck:
         """See that everything the registry needs is there; see `registry.caring.verify`. Changes nothing."""
@@ -662,6 +700,21 @@ class Registry:
         """The recipes that are kept, the oldest first."""
         with self._workspace.reading() as catalog:
             return catalog.recipes.all()
+
+    def remove_recipe(self, recipe: str) -> KeptRecipe:
+        """Keep a recipe no longer; gives what it was. Its model is computed no more, unless it was carried out, and what it is made of may
+        be removed as far as nothing else needs it.
+
+        Args:
+            recipe: the id of its repository, or its digest's first digits.
+
+        Raises:
+            UnknownRecipe: none such is kept.
+            Ambiguous: several are.
+        """
+        from registry.repositories import remove_recipe
+
+        return remove_recipe(self._workspace, recipe)
 
     def _shelf(self) -> Repositories:
         from registry.repositories import Repositories

@@ -6,9 +6,7 @@ a place of its own: a folder named by its content, or a repository id.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from registry.disk import Translating
 from registry.errors import Conflict, InvalidInput, NotServable, UnknownRepository
 from registry.formats.peft import CONFIG_FILE
+from registry.local_copies import used_copy
 from registry.manifest import Checkpoint, Report
 from registry.progress import Progress, silent
 from registry.servability import ENGINE_NAMES, Engine, Servability, Way, rank_flag, rank_of, servable
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
     from registry.results import Repository
     from registry.service import Registry
 
-_FOLDER = "serving"
 _TOKEN = "$CKPT_TOKEN"  # noqa: S105 - a variable's name, so that no token is ever printed
 _CACHED = (
     "a name is loaded once and kept: when another version goes live, serve it under its own name, and ask for that"
@@ -122,8 +119,8 @@ def _served(
         config, source = _read_config(registry, repository), repository.id
         demand(registry, checkpoint, engine, "unmerged", config)
     else:
-        folder, config = admitted_copy(registry, checkpoint, engine, progress)
-        source = str(folder)
+        with admitted_copy(registry, checkpoint, engine, progress) as (folder, config):
+            source = str(folder)
     model = ServedModel(name=checkpoint.ref, checkpoint=checkpoint.ref, source=source)
     return model, rank_of(checkpoint.manifest, config)
 
@@ -239,48 +236,18 @@ def _read_config(registry: Registry, repository: Repository) -> dict[str, Any]:
 # -- local copies
 
 
+@contextmanager
 def admitted_copy(
     registry: Registry, checkpoint: Checkpoint, engine: Engine, progress: Progress = silent
-) -> tuple[Path, dict[str, Any]]:
-    """A local copy of an adapter that an engine takes unmerged, and its configuration.
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A local copy of an adapter that an engine takes unmerged, and its configuration; no sweep takes it within the block.
 
     Raises:
         NotServable: it does not.
+        Changed, StorageFailed: as `registry.local_copies.used_copy`.
     """
     demand(registry, checkpoint, engine, "unmerged", {})  # what the record tells, before anything is copied
-    folder = local_copy(registry, checkpoint, progress)
-    config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_bytes())
-    demand(registry, checkpoint, engine, "unmerged", config)
-    return folder, config
-
-
-def local_copy(registry: Registry, checkpoint: Checkpoint, progress: Progress = silent) -> Path:
-    """A folder of this machine with a checkpoint's files; it is copied and verified once, whoever asks for it at the same time.
-
-    Raises:
-        Changed: a file is not what was recorded.
-        StorageFailed: the disk does not take it.
-    """
-    folder = registry.settings.home / _FOLDER / checkpoint.digest.hex
-    if not folder.is_dir():
-        with _alone(folder.with_name(f".{folder.name}.lock")):
-            if not folder.is_dir():
-                registry.pull(checkpoint, folder, progress)
-    return folder
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """The only one to be at it, among processes and threads. The lock goes with whoever dies."""
-    with Translating(str(lock)):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except BaseException:
-            os.close(descriptor)
-            raise
-    try:
-        yield
-    finally:
-        os.close(descriptor)
+    with used_copy(registry, checkpoint, progress) as folder:
+        config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_bytes())
+        demand(registry, checkpoint, engine, "unmerged", config)
+        yield folder, config

@@ -22,14 +22,15 @@ from registry.workspace import Workspace
 GRACE = timedelta(hours=24)
 # A writer that has not written for so long is dead, whatever the caller wants removed.
 _LONGEST_PAUSE = timedelta(hours=1)
-# How many blobs are decided on in one transaction: other writers wait for it.
+# How many blobs are decided on, or messages forgotten, in one transaction: other writers wait for it.
 _TOGETHER = 5000
 _AT_ONCE = timedelta(0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Swept:
-    """What was removed (`blobs`, `size_bytes`), what waits for its grace to pass (`marked`, …), and the leftovers of dead writers removed.
+    """What was removed (`blobs`, `size_bytes`), what waits for its grace to pass (`marked`, …), the leftovers of dead writers removed, and the
+    messages to webhooks forgotten (`deliveries`).
 
     Of a dry run: what would be.
     """
@@ -39,6 +40,7 @@ class Swept:
     marked: int = 0
     marked_bytes: int = 0
     leftovers: int = 0
+    deliveries: int = 0
 
     def __add__(self, other: Swept) -> Swept:
         return Swept(
@@ -47,6 +49,7 @@ class Swept:
             marked=self.marked + other.marked,
             marked_bytes=self.marked_bytes + other.marked_bytes,
             leftovers=self.leftovers + other.leftovers,
+            deliveries=self.deliveries + other.deliveries,
         )
 
 
@@ -91,14 +94,16 @@ def sweep(workspace: Workspace, *, grace: timedelta = GRACE, dry_run: bool = Fal
         while part := dict(islice(found, _TOGETHER)):
             swept += _decide(workspace, part, grace)
         delete_doomed(workspace, still_alone)
-    return swept + Swept(leftovers=_tidy(workspace, max(grace, _LONGEST_PAUSE)))
+    return swept + Swept(
+        leftovers=_tidy(workspace, max(grace, _LONGEST_PAUSE)), deliveries=_forget_deliveries(workspace)
+    )
 
 
 def _foresee(workspace: Workspace, grace: timedelta) -> Swept:
     found = _candidates(workspace)
     with workspace.reading() as catalog:
-        doomed = len(catalog.condemned.doomed())
-        return _judge(catalog, found, grace).swept + Swept(blobs=doomed)
+        doomed, past = len(catalog.condemned.doomed()), catalog.webhooks.count_past(catalog.vitals.now())
+        return _judge(catalog, found, grace).swept + Swept(blobs=doomed, deliveries=past)
 
 
 def _candidates(workspace: Workspace) -> dict[Digest, int]:
@@ -142,6 +147,22 @@ def _tidy(workspace: Workspace, older_than: timedelta) -> int:
     with workspace.writing() as change:
         change.catalog.needs.expire(change.catalog.vitals.now())
     return workspace.store.sweep_staging(older_than) + sum(1 for _ in _remove_made(workspace, older_than))
+
+
+def _forget_deliveries(workspace: Workspace) -> int:
+    """Forget messages to webhooks that are long over; gives how many. A part at a time, as other writers wait for each."""
+    forgotten = 0
+    while part := _forget_some(workspace):
+        forgotten += part
+    return forgotten
+
+
+def _forget_some(workspace: Workspace) -> int:
+    with workspace.writing() as change:
+        found = change.catalog.webhooks.forget_past(change.catalog.vitals.now(), _TOGETHER)
+        if found:
+            change.record("sweep", "webhooks", deliveries=found)
+        return found
 
 
 def _remove_made(workspace: Workspace, older_than: timedelta) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,10 @@ _Explain = Callable[[Any], tuple[str, str]]
 
 def _invalid(error: errors.InvalidInput) -> tuple[str, str]:
     return f"{error.field} {error.value!r}: {error.reason}" if error.value else f"{error.field}: {error.reason}", ""
+
+
+def _setting(error: errors.InvalidSetting) -> tuple[str, str]:
+    return _invalid(error)[0], "what a store has to do: docs/storage.md" if error.field == "store" else ""
 
 
 def _reference(error: errors.InvalidReference) -> tuple[str, str]:
@@ -61,7 +66,7 @@ def _below(error: errors.BelowPolicy) -> tuple[str, str]:
 def _no_template(error: errors.NoChatTemplate) -> tuple[str, str]:
     return (
         f"{error.name} has no chat template, nor has its base model",
-        "put chat_template.jinja beside the base model's tokenizer, or use `ckpt generate`, which takes text as it is",
+        "put chat_template.jinja beside the base model's tokenizer, or use `ckpt generate --raw`, which takes text as it is",
     )
 
 
@@ -99,8 +104,13 @@ def _missing_package(error: errors.MissingPackage) -> tuple[str, str]:
     return f"this needs {error.package}, which is not installed", f"pip install 'ckpt-registry[{error.extra}]'"
 
 
+# What lists the others of a kind, where it is not `ckpt list`.
+_LISTS = {"job": "jobs list", "token": "token list"}
+
+
 def _unknown(error: errors.NotFound) -> tuple[str, str]:
-    near = f"did you mean {' or '.join(error.near[:3])}?" if error.near else "`ckpt list` shows what there is"
+    listing = f"`ckpt {_LISTS.get(error.kind, 'list')}` shows what there is"
+    near = f"did you mean {' or '.join(error.near[:3])}?" if error.near else listing
     return f"no {error.kind} {error.name!r}", near
 
 
@@ -110,13 +120,17 @@ def _unknown_repository(error: errors.UnknownRepository) -> tuple[str, str]:
     near = (
         f"did you mean {' or '.join(error.near[:3])}?"
         if error.near
-        else "adapters, base models, and adapter-merged are"
+        else "there are those of adapters, of adapters merged (NAME-merged), and of base models"
     )
     return f"no repository {error.name!r}", near
 
 
 def _unknown_webhook(error: errors.UnknownWebhook) -> tuple[str, str]:
     return f"no webhook {error.name}", "`ckpt webhook list` shows them"
+
+
+def _unknown_recipe(error: errors.UnknownRecipe) -> tuple[str, str]:
+    return f"no recipe {error.name!r} is kept", "`ckpt recipe list` shows those that are"
 
 
 def _unknown_signature(error: errors.UnknownSignature) -> tuple[str, str]:
@@ -174,7 +188,7 @@ def _occupied(error: errors.Conflict) -> tuple[str, str]:
 def _in_use(error: errors.InUse) -> tuple[str, str]:
     return (
         f"{error.subject} is in use: {error.reason}",
-        "what was shipped or merged stays, so that history stays true; aliases can be removed",
+        "what was shipped or merged stays, so that history stays true; aliases can be removed, and kept recipes: `ckpt recipe rm`",
     )
 
 
@@ -253,19 +267,22 @@ def _not_finite(error: errors.NotFinite) -> tuple[str, str]:
     )
 
 
+# What to do about a failure, by what its reason says.
+_REMEDIES: Mapping[str, str] = {
+    "no space|too large|quota|disk is full": "free some room, then run it again: what is finished is kept",
+    "permission|read-?only": "fix the permissions, then run it again: what is finished is kept",
+    "install ": "install the package for this kind of store beside ckpt-registry",
+    'password authentication|no password supplied|role "': "see user and password in CKPT_DATABASE_URL",
+    'database "': "create the database, or correct its name in CKPT_DATABASE_URL",
+    "signature|access key id|access denied|forbidden": "see AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and what they may do",
+    "no such bucket": "create the bucket, or correct its name",
+    "too skewed": "set this machine's clock by NTP",
+    "connection refused|could not connect|failed to resolve|timeout expired": "is it running, and is its address right?",
+}
+
+
 def _storage(error: errors.StorageFailed) -> tuple[str, str]:
-    reason = error.reason.lower()
-    remedies = {
-        "free some room, then run it again: what is finished is kept": (
-            "no space",
-            "too large",
-            "quota",
-            "disk is full",
-        ),
-        "fix the permissions, then run it again: what is finished is kept": ("permission", "read-only", "readonly"),
-        "install the package for this kind of store beside ckpt-registry": ("install ",),
-    }
-    hint = next((hint for hint, signs in remedies.items() if any(sign in reason for sign in signs)), "")
+    hint = next((hint for signs, hint in _REMEDIES.items() if re.search(signs, error.reason, re.IGNORECASE)), "")
     return f"{error.url}: {error.reason}", hint
 
 
@@ -275,8 +292,8 @@ def _cancelled(error: errors.Cancelled) -> tuple[str, str]:
 
 def _unreachable(error: errors.Unreachable) -> tuple[str, str]:
     return (
-        f"the base model {error.subject} lies at {error.reason}, where not every worker can read it",
-        "put a copy into the store with `ckpt base add PATH --copy`, or record a URL that all machines reach",
+        f"the base model {error.subject} lies at {error.reason}, which cannot be read from every machine that needs it",
+        "put it back there, have a copy in the store (`ckpt base add PATH --copy`), or record a URL that all machines reach",
     )
 
 
@@ -298,6 +315,7 @@ def _denied(error: errors.AccessDenied) -> tuple[str, str]:
 # Looked up along the class tree, so a subclass without a line of its own reads like its parent.
 _TABLE: Mapping[type, _Explain] = {
     errors.InvalidInput: _invalid,
+    errors.InvalidSetting: _setting,
     errors.InvalidReference: _reference,
     errors.InvalidFilter: _filter,
     errors.DirectionUnknown: _direction,
@@ -315,6 +333,7 @@ _TABLE: Mapping[type, _Explain] = {
     errors.UnknownBase: _unknown_base,
     errors.UnknownRepository: _unknown_repository,
     errors.UnknownWebhook: _unknown_webhook,
+    errors.UnknownRecipe: _unknown_recipe,
     errors.UnknownSignature: _unknown_signature,
     errors.UnknownMetric: _unknown_metric,
     errors.UnknownEnvironment: _unknown_environment,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,9 @@ from typing import Any
 import pytest
 import tiny
 
-from registry.errors import Changed
+from registry.local_copies import sweep_copies, used_copy
 from registry.registering import Registration
 from registry.service import Registry
-from registry.serving import local_copy
 
 HERE = Path(__file__).parent
 
@@ -185,28 +186,39 @@ def test_a_registry_that_does_not_answer_is_told_of(
     assert "is not served: http://127.0.0.1:9" in caplog.text
 
 
-def test_it_is_copied_once_whoever_asks(ckpt: Registry, adapter: Path) -> None:
+def test_what_is_served_is_not_swept_while_it_is(
+    served: Any, ckpt: Registry, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM reads an adapter again that it has dropped from memory."""
     register(ckpt, adapter)
-    checkpoint = ckpt.resolve("support-bot@v1")
-    pulled: list[int] = []
-
-    def copy(_: int) -> Path:
-        with tiny.open_registry(ckpt.settings.home) as another:
-            return local_copy(another, checkpoint, lambda what, done, total: pulled.append(done))
-
-    with ThreadPoolExecutor(8) as pool:
-        folders = set(pool.map(copy, range(16)))
-    assert len(folders) == 1
-    assert tiny.contents(folders.pop()) == tiny.contents(adapter)
-    assert sum(pulled) == checkpoint.manifest.size_bytes
+    folder = Path(ask(served, "support-bot@v1").lora_path)
+    assert sweep_copies(ckpt.settings.home, unused=timedelta(0)).copies == 0
+    served.unload("support-bot@v1")
+    assert ask(served, "support-bot@v1").lora_path == str(folder)
+    assert tiny.contents(folder) == tiny.contents(adapter)
 
 
-def test_a_damaged_copy_is_none(ckpt: Registry, adapter: Path) -> None:
+def test_what_is_declined_is_not_kept(served: Any, ckpt: Registry, tmp_path: Path, base: Path) -> None:
+    folder = tiny.write_adapter(tmp_path / "bot", base=base, config={"modules_to_save": ["lm_head"]})
+    add_head(folder)
+    register(ckpt, folder)
+    with used_copy(ckpt, ckpt.resolve("support-bot@v1")):
+        pass
+    assert ask(served, "support-bot@v1") is None
+    assert sweep_copies(ckpt.settings.home, unused=timedelta(0)).copies == 1
+
+
+def test_a_process_that_ends_lets_go_of_its_copies(served: Any, ckpt: Registry, adapter: Path, base: Path) -> None:
     register(ckpt, adapter)
-    checkpoint = ckpt.resolve("support-bot@v1")
-    for blob in tiny.stored_blobs(ckpt.settings.home):
-        blob.chmod(0o600)
-        blob.write_bytes(b"x" * blob.stat().st_size)
-    with pytest.raises(Changed):
-        local_copy(ckpt, checkpoint)
-    assert not (ckpt.settings.home / "serving" / checkpoint.digest.hex).exists()
+    program = (
+        "import asyncio, sys; from registry.integrations.vllm import CheckpointResolver\n"
+        "print(asyncio.run(CheckpointResolver().resolve_lora(sys.argv[1], 'support-bot@v1')).lora_path)"
+    )
+    places = os.pathsep.join([str(HERE / "data" / "vllm_interface"), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": places}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(base)], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
+    assert Path(done.stdout.strip()).is_dir()
+    assert sweep_copies(ckpt.settings.home, unused=timedelta(0)).copies == 1

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import final
 
-from sqlalchemy import ColumnElement, select
+from sqlalchemy import ColumnElement, delete, select
 from sqlalchemy.orm import Session
 
 from registry.codec import from_json, plain
-from registry.db.lookup import checkpoint_id, ref, starts_with
-from registry.db.tables import AdapterRow, BaseRow, CheckpointRow, RecipeInputRow, RecipeRow
-from registry.errors import UnknownBase
+from registry.db.lookup import checkpoint_id, digest_prefix, near, ref, starts_with
+from registry.db.tables import AdapterRow, BaseRow, CheckpointRow, MergedRow, RecipeInputRow, RecipeRow
+from registry.errors import Ambiguous, UnknownBase, UnknownRecipe
 from registry.manifest import Checkpoint, Recipe
+from registry.refs import Digest
 from registry.results import KeptRecipe
 
 
@@ -32,6 +33,21 @@ class Recipes:
     def starting(self, prefix: str) -> list[KeptRecipe]:
         """Those whose digests begin with some hex digits."""
         return self._load(starts_with(RecipeRow.digest, prefix))
+
+    def find(self, text: str) -> KeptRecipe:
+        """A recipe by the id of its repository, or by its digest's first digits (at least 6).
+
+        Raises:
+            UnknownRecipe: none; carries similar ids.
+            Ambiguous: several; lists their ids.
+        """
+        prefix = digest_prefix(text.removeprefix("merged-"))
+        found = self.starting(prefix) if prefix else []
+        if not found:
+            raise UnknownRecipe(text, near(text, (each.repository for each in self.all())))
+        if len(found) > 1:
+            raise Ambiguous(text, [f"merged-{each.recipe.digest.hex}" for each in found])
+        return found[0]
 
     def add(
         self, recipe: Recipe, checkpoints: Sequence[Checkpoint], *, note: str, author: str, at: datetime
@@ -62,9 +78,23 @@ class Recipes:
         self._session.flush()
         return self._load(RecipeRow.id == row.id)[0]
 
+    def remove(self, text: str) -> KeptRecipe:
+        """Keep a recipe no longer; gives what it was.
+
+        Raises:
+            UnknownRecipe, Ambiguous: as `find`.
+        """
+        kept = self.find(text)
+        self._session.execute(delete(RecipeRow).where(RecipeRow.digest == kept.recipe.digest.hex))
+        return kept
+
     def _load(self, *conditions: ColumnElement[bool]) -> list[KeptRecipe]:
         rows = self._session.execute(
-            select(RecipeRow, BaseRow.name).join(BaseRow).where(*conditions).order_by(RecipeRow.id)
+            select(RecipeRow, BaseRow.name, MergedRow.digest)
+            .join_from(RecipeRow, BaseRow)
+            .outerjoin(MergedRow, MergedRow.recipe_digest == RecipeRow.digest)
+            .where(*conditions)
+            .order_by(RecipeRow.id)
         ).all()
         inputs = defaultdict[int, list[str]](list)
         for recipe_id, namespace, name, version in self._session.execute(
@@ -83,6 +113,7 @@ class Recipes:
                 note=row.note,
                 created_at=row.created_at,
                 author=row.author,
+                merged=Digest(merged) if merged else None,
             )
-            for row, base in rows
+            for row, base, merged in rows
         ]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, final
 
-from sqlalchemy import ColumnElement, and_, or_, select
+from sqlalchemy import ColumnElement, and_, delete, func, or_, select
 from sqlalchemy.orm import Session
 
 from registry.codec import plain
@@ -31,6 +31,7 @@ WAITS = (
     timedelta(minutes=30),
     timedelta(hours=2),
 )
+DELIVERIES_KEPT = timedelta(days=30)
 # What webhooks hear of, by the actions of the history.
 ACTIONS: Mapping[str, str] = {
     "ship": "shipped",
@@ -121,6 +122,16 @@ class Webhooks:
         """
         wanted = select(DeliveryRow).where(DeliveryRow.webhook_id == self._row(number).id)
         return [_delivery(row) for row in self._session.scalars(wanted.order_by(DeliveryRow.id.desc()).limit(limit))]
+
+    def count_past(self, now: datetime) -> int:
+        """How many messages have arrived or failed so long ago that nobody asks for them any more."""
+        return self._session.scalar(select(func.count()).select_from(DeliveryRow).where(_past(now))) or 0
+
+    def forget_past(self, now: datetime, limit: int) -> int:
+        """Forget those, at most so many at once; gives how many."""
+        past = list(self._session.scalars(select(DeliveryRow.id).where(_past(now)).limit(limit)))
+        self._session.execute(delete(DeliveryRow).where(DeliveryRow.id.in_(past)))
+        return len(past)
 
     # -- telling
 
@@ -221,6 +232,10 @@ def _due(now: datetime) -> ColumnElement[bool]:
     # Queued after as many tries as there are: a sender died at the last one, which must not count.
     again.append(and_(DeliveryRow.attempts > len(WAITS), DeliveryRow.finished_at <= now - WAITS[-1]))
     return and_(DeliveryRow.state == _QUEUED, or_(DeliveryRow.attempts == 0, *again))
+
+
+def _past(now: datetime) -> ColumnElement[bool]:
+    return and_(DeliveryRow.state != _QUEUED, DeliveryRow.finished_at <= now - DELIVERIES_KEPT)
 
 
 def _queued(webhook: int, action: str, payload: Mapping[str, Any], at: datetime) -> DeliveryRow:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import threading
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, final
 
 from vllm.lora.request import LoRARequest
@@ -24,7 +25,10 @@ from registry.settings import Settings
 from registry.wording import explain
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from registry.manifest import BaseModel
+    from registry.refs import Digest
     from registry.service import Registry
 
 log = logging.getLogger("vllm.ckpt")  # vLLM shows what is below its own name
@@ -47,6 +51,7 @@ class CheckpointResolver(LoRAResolver):  # type: ignore[misc] # vLLM is not inst
     def __init__(self, settings: Settings | None = None) -> None:
         self._settings = settings
         self._registry: Registry | None = None
+        self._used: dict[Digest, ExitStack] = {}
         self._lock = threading.Lock()
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
@@ -68,7 +73,7 @@ class CheckpointResolver(LoRAResolver):  # type: ignore[misc] # vLLM is not inst
             if reason := _against(registry, checkpoint, base_model_name):
                 log.warning("%s is not served: %s", lora_name, reason)
                 return None
-            folder, _ = admitted_copy(registry, checkpoint, "vllm")
+            folder = self._copy(registry, checkpoint)
         except RegistryError as error:
             words = explain(error)
             log.warning("%s is not served: %s%s", lora_name, words.message, f" ({words.hint})" if words.hint else "")
@@ -79,6 +84,14 @@ class CheckpointResolver(LoRAResolver):  # type: ignore[misc] # vLLM is not inst
                 lora_name, checkpoint.ref, checkpoint.ref,
             )  # fmt: skip
         return LoRARequest(lora_name=checkpoint.ref, lora_int_id=_number(checkpoint), lora_path=str(folder))
+
+    def _copy(self, registry: Registry, checkpoint: Checkpoint) -> Path:
+        """A copy that no sweep takes as long as this process lives: vLLM may drop an adapter from memory and read it again."""
+        with ExitStack() as use:
+            folder, _ = use.enter_context(admitted_copy(registry, checkpoint, "vllm"))
+            if checkpoint.digest not in self._used:
+                self._used[checkpoint.digest] = use.pop_all()
+            return folder
 
     def _connected(self) -> Registry:
         with self._lock:

@@ -64,7 +64,7 @@ def get_repository_file(
 @routes.route("GET", "/recipes", Role.READER)
 def list_recipes(scope: Scope) -> list[KeptRecipe]:
     """The recipes that are kept, the oldest first."""
-    return [each for each in scope.registry.recipes() if all(map(scope.sees_ref, each.checkpoints))]
+    return scope.recipes()
 
 
 @routes.route("POST", "/recipes", Role.WRITER)
@@ -73,3 +73,11 @@ def save_recipe(scope: Scope, body: NewRecipe) -> Repository:
     inputs = [scope.checkpoint(each) for each in body.checkpoints]
     planned = scope.registry.plan(*inputs, mixture=body.mixture, dtype=body.dtype, allow_lossy=body.allow_lossy)
     return scope.registry.save_recipe(planned, body.note)
+
+
+@routes.route("DELETE", "/recipes", Role.WRITER, is_keyed=True)
+def remove_recipe(
+    scope: Scope, recipe: Annotated[str, "Its repository's id, or its digest's first digits."]
+) -> KeptRecipe:
+    """Keep a recipe no longer; gives what it was. Where it was carried out, its model stays."""
+    return scope.registry.remove_recipe(scope.recipe(recipe).recipe.digest.hex)

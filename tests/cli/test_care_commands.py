@@ -35,6 +35,23 @@ def test_gc_marks_first_and_says_when_it_removes(registered: Ckpt, tmp_path: Pat
     assert registered("verify").code == 0
 
 
+def test_gc_removes_copies_for_serving_that_nobody_uses(registered: Ckpt, tmp_path: Path) -> None:
+    assert registered("gc", "--local").out == "removed 0 copies for serving, 0 B\n"
+    copy = Path(registered("serve-config", "vllm", "support-bot@v1", "--json").json["served"][0]["source"])
+    assert registered("gc", "--local").out == "removed 0 copies for serving, 0 B\n"
+    would = registered("gc", "--unused", "0h", "--dry-run")
+    assert would.out.splitlines()[0] == "would remove 0 files, 0 B"
+    assert would.out.splitlines()[1].startswith("would remove 1 copies for serving, ")
+    assert copy.is_dir()
+    swept = registered("gc", "--local", "--unused", "0h", "--json").json
+    assert swept.keys() == {"copies", "copies_bytes"}
+    assert (swept["copies"], swept["copies_bytes"] > 0) == (1, True)
+    assert not copy.exists()
+    both = registered("gc", "--json").json
+    assert {"blobs", "marked", "deliveries", "copies"} <= both.keys()
+    assert registered("gc", "--unused", "long").code == 2
+
+
 def test_verify_names_what_is_lost_and_exits_with_7(registered: Ckpt, lost: Path) -> None:
     found = registered("verify")
     assert found.code == 7

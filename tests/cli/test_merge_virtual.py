@@ -38,3 +38,34 @@ def test_nothing_is_written_anywhere_else(two: Ckpt, tmp_path: Path) -> None:
     assert found.code == 2
     assert "leave --out away" in found.err
     assert not (tmp_path / "out").exists()
+
+
+def test_recipes_are_listed_and_removed(two: Ckpt) -> None:
+    empty = two("recipe", "list")
+    assert (empty.out, empty.code) == ("", 0)
+    assert "--virtual" in empty.err
+    id_ = two("merge", "math", "code", "--method", "ties", "--weights", "0.7,0.3", "--virtual").out.strip()
+    (kept,) = two("recipe", "list", "--json").json
+    assert (kept["repository"], kept["checkpoints"], kept["merged"]) == (id_, ["math@v1", "code@v1"], None)
+    assert kept["recipe"]["method"] == "ties"
+    listed = two("recipe", "list").out
+    assert id_ in listed
+    assert "math@v1:0.7" in listed
+    refused = two("rm", "math@v1", "--yes")
+    assert (refused.code, "kept recipes" in refused.err) == (5, True)
+    removed = two("recipe", "rm", id_)
+    assert (removed.out, removed.err) == (f"removed recipe {id_}\n", "")
+    assert two("recipe", "list", "--json").json == []
+    gone = two("recipe", "rm", id_)
+    assert gone.code == 3
+    assert f"no recipe '{id_}' is kept" in gone.err
+    assert "ckpt recipe list" in gone.err
+    assert two("rm", "math@v1", "--yes").code == 0
+
+
+def test_a_model_that_was_merged_meanwhile_is_told_of(two: Ckpt) -> None:
+    id_ = two("merge", "math", "code", "--virtual").out.strip()
+    digest = two("merge", "math", "code", "--json").json["digest"].removeprefix("blake3:")
+    removed = two("recipe", "rm", id_)
+    assert removed.code == 0
+    assert f"its repository stays: it was merged meanwhile, to {digest[:12]}" in removed.err

@@ -13,8 +13,10 @@ from sites import Maker, Site
 from registry.errors import (
     Conflict,
     Forbidden,
+    InUse,
     InvalidInput,
     PathNotFound,
+    UnknownRecipe,
     UnknownRepository,
     UnknownRevision,
 )
@@ -103,6 +105,57 @@ def test_a_recipe_is_kept_without_being_carried_out(ckpt: Registry, make: Maker,
     assert files_of(ckpt, saved) == wanted
 
 
+def test_a_recipe_is_kept_no_longer(ckpt: Registry, make: Maker) -> None:
+    """What it needs stays as long as it is kept, and may go after that."""
+    one, other = make("math"), make("code")
+    saved = ckpt.save_recipe(ckpt.plan(one, other), "for later")
+    (kept,) = ckpt.recipes()
+    with pytest.raises(InUse, match=f"recipe {saved.id}"):
+        ckpt.remove(other)
+    assert ckpt.keep("code", "tagged gold").removed == ()
+    assert ckpt.remove_recipe(saved.id) == kept
+    assert ckpt.recipes() == []
+    event = ckpt.history()[-1]
+    assert (event.action, event.subject, event.author) == ("recipe.remove", "math@v1", "ada")
+    assert event.detail == {"recipe": kept.recipe.digest.hex, "with": ["code@v1"], "note": "for later"}
+    for gone in ("main", saved.commit):
+        with pytest.raises(UnknownRepository):
+            ckpt.repository(saved.id, gone)
+    assert ckpt.keep("code", "tagged gold", dry_run=False).removed == (other,)
+    with pytest.raises(UnknownRecipe) as unknown:
+        ckpt.remove_recipe(saved.id)
+    assert unknown.value.name == saved.id
+
+
+def test_a_recipe_is_meant_by_its_id_or_its_digest(ckpt: Registry, make: Maker) -> None:
+    one, other = make("math"), make("code")
+    planned, digest = ckpt.plan(one, other), ckpt.plan(one, other).outline.recipe.digest
+    for text in (f"merged-{digest.hex}", digest.hex, str(digest), digest.hex[:6]):
+        ckpt.save_recipe(planned)
+        assert ckpt.remove_recipe(text).recipe.digest == digest
+    saved = ckpt.save_recipe(planned)
+    for text in ("math", digest.hex[:5], "merged-", f"{saved.id}0", "..", "a/b"):
+        with pytest.raises(UnknownRecipe):
+            ckpt.remove_recipe(text)
+    with pytest.raises(UnknownRecipe) as unknown:
+        ckpt.remove_recipe(f"{saved.id[:-1]}x")
+    assert unknown.value.near == (saved.id,)
+
+
+def test_what_was_merged_of_a_recipe_stays_without_it(ckpt: Registry, make: Maker, working: None) -> None:
+    planned = ckpt.plan(make("math"), make("code"))
+    saved = ckpt.save_recipe(planned)
+    assert ckpt.recipes()[0].merged is None
+    merged = ckpt.merge(planned).merged
+    ckpt.ship(merged, "production")
+    assert ckpt.recipes()[0].merged == merged.digest
+    assert ckpt.remove_recipe(saved.id).merged == merged.digest
+    assert ckpt.repository(saved.id).is_stored
+    assert [each.merged for each in ckpt.shipped("production")] == [merged.digest]
+    with pytest.raises(InUse):
+        ckpt.remove(ckpt.resolve("code"))
+
+
 def test_what_is_not_there_has_errors_of_its_own(ckpt: Registry, make: Maker) -> None:
     make("bot")
     with pytest.raises(UnknownRepository) as unknown:
@@ -151,6 +204,9 @@ def test_readers_keep_no_recipes(server: Site, ada: Registry) -> None:
         reader.save_recipe(reader.plan(one))
     saved = writer.save_recipe(writer.plan(one))
     assert reader.repository(saved.id) == saved
+    with pytest.raises(Forbidden):
+        reader.remove_recipe(saved.id)
+    assert writer.remove_recipe(saved.id).author == "writer"
     for look in (ada.repositories, lambda namespaces: ada.repository("bot", namespaces=namespaces)):
         with pytest.raises(InvalidInput, match="those of the token"):
             look(namespaces=["team"])

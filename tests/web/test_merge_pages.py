@@ -169,6 +169,35 @@ def test_a_recipe_is_saved_and_its_model_is_not_made(site: Site) -> None:
     assert client.post("/merge/save", data={**form, "option.density": "9"}).status_code == 422
 
 
+def test_a_saved_recipe_is_removed_when_that_is_confirmed(site: Site) -> None:
+    client, form = site.visitor("writer"), {"ref": ["support-bot@v9", "nlu/intent@v6"], "method": "ties"}
+    place = client.post("/merge/save", data=form).headers["location"]
+    (saved,) = site.direct.recipes()
+    assert f'href="{place}/remove"' in client.get(place).text
+    assert f'action="{place}/remove"' in client.get(f"{place}/remove").text
+    asked = client.get(f"{place}/remove", headers=HTMX).text
+    assert asked.startswith("<form")
+    assert f"Remove {saved.repository}?" in asked
+    assert "/remove" not in site.visitor("reader").get(place).text
+    for stranger, status in (("reader", 403), ("nlu", 404)):
+        assert site.visitor(stranger).get(f"{place}/remove").status_code == status
+        assert site.visitor(stranger).post(f"{place}/remove").status_code == status
+    assert site.direct.recipes() == [saved]
+    assert client.post(f"{place}/remove").headers["location"] == "/merge/saved"
+    assert site.direct.recipes() == []
+    assert client.get(place).status_code == client.post(f"{place}/remove").status_code == 404
+
+
+def test_removing_a_recipe_that_was_merged_says_what_stays(site: Site) -> None:
+    client, registry = site.visitor("writer"), site.direct
+    planned = registry.plan(registry.resolve("support-bot@v9"), registry.resolve("nlu/intent@v6"))
+    registry.save_recipe(planned)
+    merged = registry.merge(planned).merged
+    place = f"/merge/saved/{planned.plan.recipe.digest.hex}"
+    for shown in (client.get(place).text, client.get(f"{place}/remove").text):
+        assert f'href="/merged/{merged.digest.hex}"' in shown
+
+
 def test_a_saved_recipe_comes_out_of_its_choice_again(site: Site) -> None:
     registry = site.direct
     inputs = [registry.resolve(ref) for ref in ("support-bot@v9", "nlu/intent@v6")]

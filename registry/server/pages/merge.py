@@ -8,7 +8,7 @@ from typing import Any, final
 
 from registry.codec import plain
 from registry.combining import Making
-from registry.errors import Ambiguous, InvalidInput, InvalidRecipe, NotFound, Refused, RegistryError, UnknownMerged
+from registry.errors import Ambiguous, InvalidInput, InvalidRecipe, NotFound, Refused, RegistryError
 from registry.manifest import Checkpoint, Report
 from registry.merge.methods import METHODS
 from registry.merging import Planned
@@ -235,22 +235,29 @@ def save_recipe(visit: Visit) -> Moved | Shown:
 @pages.page("GET", "/merge/saved", Role.READER)
 def list_saved(visit: Visit) -> Shown:
     """The recipes that were saved, the newest first."""
-    return Shown("merge_recipes.html", recipes=sorted(_saved(visit.scope), key=lambda each: each.created_at)[::-1])
+    return Shown("merge_recipes.html", recipes=visit.scope.recipes()[::-1])
 
 
 @pages.page("GET", "/merge/saved/{digest}", Role.READER)
 def show_saved(visit: Visit) -> Shown:
     """A saved recipe: what it is made of, and how its model is loaded."""
-    text = visit.path["digest"]
-    found = next((each for each in _saved(visit.scope) if each.recipe.digest.hex == text), None)
-    if found is None:
-        raise UnknownMerged(text[:80])
+    found = visit.scope.recipe(visit.path["digest"])
     inputs = list(zip(found.checkpoints, found.recipe.inputs, strict=True))
     return Shown("merge_recipe.html", saved=found, inputs=inputs, again=wanted_again(found).url(is_looked=True))
 
 
-def _saved(scope: Scope) -> list[KeptRecipe]:
-    return [each for each in scope.registry.recipes() if all(map(scope.sees_ref, each.checkpoints))]
+@pages.page("GET", "/merge/saved/{digest}/remove", Role.WRITER)
+def ask_to_remove(visit: Visit) -> Shown:
+    """What would be forgotten, to be confirmed."""
+    found = visit.scope.recipe(visit.path["digest"])
+    return Shown("_merge_remove.html" if visit.is_partial else "merge_remove.html", saved=found)
+
+
+@pages.page("POST", "/merge/saved/{digest}/remove", Role.WRITER)
+def remove_recipe(visit: Visit) -> Moved:
+    """Keep it no longer."""
+    visit.scope.registry.remove_recipe(visit.scope.recipe(visit.path["digest"]).recipe.digest.hex)
+    return Moved("/merge/saved")
 
 
 def wanted_again(saved: KeptRecipe) -> Wanted:
