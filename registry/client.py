@@ -6,6 +6,7 @@ What lies on this machine is read, checked and hashed here, and keys never leave
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -61,7 +62,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _MOST_AT_ONCE = 1000
-_MOST_EVENTS = 10_000
 
 
 @final
@@ -253,9 +253,30 @@ class RemoteRegistry(Keeping, Looking, Choosing, Repositories):
     def history(
         self, subject: str = "", limit: int | None = None, *, author: str = "", since: datetime | None = None
     ) -> list[Event]:
-        """What was changed, by whom, oldest first. Without a limit, the last ten thousand."""
-        asked = {"subject": subject, "limit": limit or _MOST_EVENTS, "author": author, "since": since}
-        return self._wire.get(list[Event], "/history", asked)
+        """What was changed, by whom, oldest first."""
+        pages: list[tuple[Event, ...]] = []
+        cursor, left = "", math.inf if limit is None else limit
+        while left and (cursor or not pages):
+            at_once = int(min(left, _MOST_AT_ONCE))
+            page = self.history_page(subject, author=author, since=since, cursor=cursor, limit=at_once)
+            pages.append(page.items)
+            cursor, left = page.cursor, left - len(page.items)
+        return [event for items in reversed(pages) for event in items]
+
+    def history_page(
+        self,
+        subject: str = "",
+        *,
+        author: str = "",
+        since: datetime | None = None,
+        cursor: str = "",
+        limit: int = 100,
+        namespaces: Sequence[str] = (),
+    ) -> Page[Event]:
+        """A part of the history, oldest first: the last so many, or those before a page."""
+        check_namespaces(namespaces)
+        asked = {"subject": subject, "author": author, "since": since, "cursor": cursor, "limit": limit}
+        return self._wire.get(Page[Event], "/history", asked)
 
     # -- base models
 

@@ -33,7 +33,7 @@ class Keeping:
 
     def export_audit(self) -> Iterator[Event]:
         """Every event, oldest first."""
-        yield from self._wire.get(list[Event], "/audit/export", patience_seconds=LONG_SECONDS)
+        return self._wire.each(Event, "/audit/export", patience_seconds=LONG_SECONDS)
 
     def verify(self, *, read_data: bool = False, subset: str = "", progress: Progress = silent) -> StoreCheck:
         """See that everything the registry needs is there. Changes nothing."""

@@ -284,12 +284,12 @@ READING = {
     "history", "job", "job_log", "jobs", "merged", "page", "plan", "provenance", "pull", "rank", "resolve", "settings", "shipments", "shipped",
     "signable_files", "signatures", "signed_by", "subject", "tokens", "trail", "upgrade_database", "verify", "verify_base", "verify_chain",
     "verify_signature", "webhooks", "workspace", "policy", "policies", "select", "repositories", "repository",
-    "repository_refs", "read_file", "recipes", "adapters", "series", "metric_names", "best", "load",
+    "repository_refs", "read_file", "recipes", "adapters", "series", "metric_names", "best", "load", "history_page",
 }  # fmt: skip
 CHANGING = {
     "register", "note", "tag", "add_metrics", "set_alias", "remove_alias", "remove", "sweep", "add_base", "merge", "ship", "rollback",
     "combine", "create_token", "revoke_token", "start", "cancel_job", "retry_job", "set_policy", "remove_policy",
-    "save_recipe",
+    "save_recipe", "remove_recipe",
 }  # fmt: skip
 CHANGING_ELSEWHERE = {
     "add_signature", "add_webhook", "candidates", "keep", "convert", "extract", "remove_webhook", "separate",
@@ -324,6 +324,7 @@ def test_every_changing_verb_writes_exactly_its_event(ckpt: Registry, base: Path
     assert actions(ckpt, lambda: ckpt.remove_policy("one")) == ["policy.remove"]
     assert actions(ckpt, lambda: ckpt.save_recipe(ckpt.plan(first))) == ["recipe.save"]
     assert actions(ckpt, lambda: ckpt.save_recipe(ckpt.plan(first))) == []
+    assert actions(ckpt, lambda: ckpt.remove_recipe(ckpt.recipes()[0].repository)) == ["recipe.remove"]
     assert actions(ckpt, lambda: ckpt.merge(ckpt.plan(first))) == ["merge"]
     assert actions(ckpt, lambda: ckpt.merge(ckpt.plan(first))) == []
     three = ckpt.register(two, Registration(base="base", adapter="three")).registered[0].checkpoint

@@ -6,21 +6,24 @@ missing at the end, and that somebody has written the whole chain anew. Whoever 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from datetime import datetime
 from typing import Any, final
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import ColumnElement, and_, func, or_, select
 from sqlalchemy.orm import Session
 
 from registry.chain import FIRST, AuditState, follow, hash_of
 from registry.codec import plain
 from registry.db.tables import LINE_LENGTH, EventRow
-from registry.errors import Changed
+from registry.errors import Changed, InvalidInput
 from registry.manifest import Event
+from registry.teamwork import Page
 
+MAX_EVENTS = 10_000  # of a page
 _LAST = "last event"
+_OF_EVERYBODY = ("base.add", "base.move")
 
 
 @final
@@ -78,23 +81,38 @@ class Events:
             author: of this one only.
             since: from then on; aware.
         """
-        statement = select(EventRow).order_by(EventRow.number.desc()).limit(limit)
-        if author:
-            statement = statement.where(EventRow.author == author)
-        if since:
-            statement = statement.where(EventRow.at >= since)
-        if subject:
-            inside = f"{subject}@"
-            statement = statement.where(
-                EventRow.about == about(subject),
-                # not LIKE, which ignores case in SQLite
-                or_(EventRow.subject == subject, func.substr(EventRow.subject, 1, len(inside)) == inside),
-            )
+        return self._newest(limit, *_which(subject, author, since))
+
+    def page(
+        self,
+        subject: str = "",
+        *,
+        author: str = "",
+        since: datetime | None = None,
+        cursor: str = "",
+        limit: int = 100,
+        namespaces: Sequence[str] = (),
+    ) -> Page[Event]:
+        """The last `limit` of them, oldest first, and where those before are; see `registry.service.Registry.history_page`."""
+        if not 1 <= limit <= MAX_EVENTS:
+            raise InvalidInput("limit", limit, f"expected 1 to {MAX_EVENTS}")
+        which = [*_which(subject, author, since), *_seen(namespaces)]
+        if cursor:
+            which.append(EventRow.number < _number(cursor))
+        found = self._newest(limit + 1, *which)
+        shown = tuple(found[-limit:])
+        return Page(items=shown, cursor=str(shown[0].number) if len(found) > limit else "")
+
+    def _newest(self, limit: int | None, *which: ColumnElement[bool]) -> list[Event]:
+        statement = select(EventRow).where(*which).order_by(EventRow.number.desc()).limit(limit)
         return [_value(row) for row in self._session.scalars(statement)][::-1]
 
-    def each(self) -> Iterator[Event]:
-        """All of them, oldest first, a few at a time."""
-        return map(_value, self._rows())
+    def after(self, last: Event | None, limit: int) -> list[Event]:
+        """The first `limit` of those that follow an event (None: of all), oldest first."""
+        statement = select(EventRow).order_by(EventRow.number).limit(limit)
+        if last is not None:
+            statement = statement.where(EventRow.number > last.number)
+        return [_value(row) for row in self._session.scalars(statement)]
 
     def _rows(self) -> Iterator[EventRow]:
         statement = select(EventRow).order_by(EventRow.number).execution_options(yield_per=1000)
@@ -122,6 +140,39 @@ class Events:
 def about(subject: str) -> str:
     """What a subject without its `@` is about, as far as an index holds it: an adapter, a base model, an environment…"""
     return subject.partition("@")[0][:LINE_LENGTH]
+
+
+def _which(subject: str, author: str, since: datetime | None) -> list[ColumnElement[bool]]:
+    which: list[ColumnElement[bool]] = []
+    if author:
+        which.append(EventRow.author == author)
+    if since:
+        which.append(EventRow.at >= since)
+    if subject:
+        # not LIKE, which ignores case in SQLite
+        of_subject = or_(EventRow.subject == subject, _starts(EventRow.subject, f"{subject}@"))
+        which += [EventRow.about == about(subject), of_subject]
+    return which
+
+
+def _seen(namespaces: Sequence[str]) -> list[ColumnElement[bool]]:
+    """That an event is about what may be seen. What concerns everything is for those who see everything."""
+    if not namespaces:
+        return []
+    names_one = func.substr(EventRow.subject, func.length(EventRow.about) + 1, 1) == "@"
+    inside = or_(*(_starts(EventRow.about, f"{each}/") for each in namespaces))
+    return [or_(EventRow.action.in_(_OF_EVERYBODY), and_(names_one, inside))]
+
+
+def _starts(column: Any, text: str) -> ColumnElement[bool]:
+    begins: ColumnElement[bool] = func.substr(column, 1, len(text)) == text
+    return begins
+
+
+def _number(cursor: str) -> int:
+    if not cursor.isdecimal() or not cursor.isascii() or len(cursor) > 9:
+        raise InvalidInput("cursor", cursor[:80], "not one of this list: ask for its last page without one")
+    return int(cursor)
 
 
 def _value(row: EventRow) -> Event:

@@ -10,9 +10,12 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any, cast, final
 
 from sqlalchemy import BigInteger, ColumnElement, Select, and_, exists, false, literal, not_, or_, select, true
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
 
 from registry.db.lookup import adapter_text, is_adapter
 from registry.db.tables import (
@@ -32,11 +35,31 @@ _LAST = datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)
 Condition = ColumnElement[bool]
 _Test = Callable[[Any, Any], Condition]
 
+
+@final
+class _Unindexed(FunctionElement[int]):
+    """A column for which SQLite looks into no index. It knows nothing of how many share a value, and would start from a rank's many instead of
+    an adapter's few."""
+
+    inherit_cache = True
+    type = BigInteger()
+
+
+@compiles(_Unindexed)
+def _column(element: _Unindexed, compiler: SQLCompiler, **options: Any) -> str:
+    return compiler.process(element.clauses, **options)
+
+
+@compiles(_Unindexed, "sqlite")
+def _signed_column(element: _Unindexed, compiler: SQLCompiler, **options: Any) -> str:
+    return f"+{compiler.process(element.clauses, **options)}"
+
+
 _LARGEST_WHOLE = 2**63 - 1
 _WHOLE: Mapping[str, ColumnElement[Any]] = {
     "step": CheckpointRow.step.expression,
     "version": CheckpointRow.version.expression,
-    "rank": CheckpointRow.rank.expression,
+    "rank": _Unindexed(CheckpointRow.rank.expression),
     "parameters": CheckpointRow.parameters.expression,
     "size": CheckpointRow.size_bytes.expression,
 }
@@ -202,8 +225,10 @@ def _tag_holds(sign: str, value: Value) -> Condition:
     if isinstance(value, float):
         return and_(TagRow.number.is_not(None), _test(sign)(TagRow.number, value))
     if sign in ("=", "in"):
-        beginning = cast("str", value)[:BEGINNING_LENGTH]
-        return and_(TagRow.beginning == beginning, TagRow.value == value)
+        text = cast("str", value)
+        begins = TagRow.beginning == text[:BEGINNING_LENGTH]
+        # One that is all there is needs no other: PostgreSQL would take the two for independent, and expect a few of the many that pass.
+        return begins if len(text) < BEGINNING_LENGTH else and_(begins, TagRow.value == text)
     return _test(sign)(TagRow.value, value)
 
 

@@ -161,7 +161,7 @@ class Jobs:
         """
         row = self._row(number)
         if JobState(row.state).is_over:
-            raise Conflict(f"job {number}", f"it has {row.state}" if row.state != "cancelled" else "it is cancelled")
+            raise Conflict(f"job {number}", _standing(row.state))
         self.say(number, f"cancelled by {who}")
         row.is_cancel_wanted = True
         if row.state == "queued" or self._shard_rows([number]):
@@ -177,7 +177,8 @@ class Jobs:
         """
         row = self._row(number)
         if row.state not in ("failed", "cancelled"):
-            raise Conflict(f"job {number}", f"it is {row.state}: only what failed or was cancelled can be tried again")
+            reason = f"{_standing(row.state)}: only what failed or was cancelled can be tried again"
+            raise Conflict(f"job {number}", reason)
         self.say(number, f"to be tried again, says {who}")
         self._requeue(row)
         row.error, row.is_cancel_wanted, row.finished_at = None, False, None
@@ -402,6 +403,10 @@ class Jobs:
         for row in self._shard_rows(numbers):
             found[row.job_id] += (_shard(row),)
         return found
+
+
+def _standing(state: str) -> str:
+    return f"it has {state}" if state in ("succeeded", "failed") else f"it is {state}"
 
 
 def _shard(row: ShardRow) -> Shard:

@@ -17,12 +17,12 @@ from registry.curves import Point
 from registry.db.checkpoint_rows import load_each
 from registry.db.listing import MAX_PAGE, Scope, finite_metric
 from registry.db.lookup import adapter_text, near, newest_of_adapter, unknown_adapter
-from registry.db.ranking import foremost
+from registry.db.ranking import foremost, leading
 from registry.db.tables import AdapterMetricRow, AdapterRow, CheckpointRow, MetricRow
 from registry.errors import InvalidInput, UnknownMetric
 from registry.manifest import Checkpoint
 from registry.refs import AdapterName
-from registry.results import AdapterLine
+from registry.results import AdapterLine, Leader
 
 
 @final
@@ -34,6 +34,33 @@ class Overview:
 
     def adapters(self, search: str = "", limit: int = 50, namespaces: Sequence[str] = ()) -> list[AdapterLine]:
         """The adapters that were last added to first; see `registry.service.Registry.adapters`."""
+        return list(self._lines(search, limit, namespaces).values())
+
+    def leaders(
+        self, limit: int, curve: int, namespaces: Sequence[str] = ()
+    ) -> list[tuple[AdapterLine, Leader | None]]:
+        """The adapters that were last added to first, each with its best checkpoint, None where nobody can say which that is.
+
+        Args:
+            limit: so many adapters.
+            curve: the values of a curve at most, the last ones.
+            namespaces: those that may be seen; none: all.
+        """
+        lines = self._lines("", limit, namespaces)
+        found = leading(self._session, lines)
+        bests = load_each(self._session, [best for _, best in found.values()])
+        leaders = {
+            adapter_id: Leader(
+                best=best,
+                metric=basis.metric,
+                direction=basis.direction,
+                curve=tuple(self._values(adapter_id, best.run, basis.metric, curve)),
+            )
+            for (adapter_id, (basis, _)), best in zip(found.items(), bests, strict=True)
+        }
+        return [(line, leaders.get(adapter_id)) for adapter_id, line in lines.items()]
+
+    def _lines(self, search: str, limit: int, namespaces: Sequence[str]) -> dict[int, AdapterLine]:
         if not 1 <= limit <= MAX_PAGE:
             raise InvalidInput("limit", limit, f"expected 1 to {MAX_PAGE}")
         newest = newest_of_adapter().label("newest")
@@ -45,10 +72,12 @@ class Overview:
         rows = self._session.execute(statement.order_by(newest.desc()).limit(limit)).all()
         names = self._names_of([row.id for row in rows])
         checkpoints = load_each(self._session, [row.newest for row in rows])
-        return [
-            AdapterLine(name=each.adapter, checkpoints=row.checkpoints, newest=each, metrics=tuple(names[row.id]))
+        return {
+            row.id: AdapterLine(
+                name=each.adapter, checkpoints=row.checkpoints, newest=each, metrics=tuple(names[row.id])
+            )
             for row, each in zip(rows, checkpoints, strict=True)
-        ]
+        }
 
     def _names_of(self, adapter_ids: Sequence[int]) -> Mapping[int, Sequence[str]]:
         """The metrics of adapters, by their ids."""
@@ -78,9 +107,12 @@ class Overview:
 
     def values_of_run(self, adapter: AdapterName, run: str, metric: str, limit: int) -> list[float]:
         """The values of a metric in a run, by step: the last so many."""
-        of_run = _measured(self._adapter_id(adapter), metric).where(CheckpointRow.run == run)
+        return self._values(self._adapter_id(adapter), run, metric, limit)
+
+    def _values(self, adapter_id: int, run: str, metric: str, limit: int) -> list[float]:
+        of_run = _measured(adapter_id, metric).where(CheckpointRow.run == run)
         newest = of_run.order_by(None).order_by(CheckpointRow.version.desc()).limit(limit)
-        return [point.value for point in _points(adapter, self._session.execute(newest).all()[::-1])]
+        return [row.value for row in _by_place(self._session.execute(newest).all()[::-1])]
 
     def foremost(self, scope: Scope, metric: str, front: int = 5_000) -> Checkpoint | None:
         """The best by a metric of those that pass a filter; see `registry.db.ranking.foremost`."""
@@ -127,10 +159,8 @@ def _measured(adapter_id: int, metric: str) -> Select[*tuple[Any, ...]]:
 
 
 def _points(adapter: AdapterName, rows: Sequence[Any]) -> list[Point]:
-    """Rows by version as points: by run, the first first, and then by step; by version where any has no step."""
-    has_steps = all(row.step is not None for row in rows)
-    runs = {run: number for number, run in enumerate(dict.fromkeys(row.run for row in rows))}
-    placed = sorted(rows, key=lambda row: (runs[row.run], row.step if has_steps else row.version, row.version))
+    """Rows by version as points; on the axis the version where any has no step."""
+    has_steps = _have_steps(rows)
     return [
         Point(
             x=row.step if has_steps else row.version,
@@ -138,5 +168,16 @@ def _points(adapter: AdapterName, rows: Sequence[Any]) -> list[Point]:
             ref=f"{adapter}@v{row.version}",
             run=row.run or str(adapter),
         )
-        for row in placed
+        for row in _by_place(rows)
     ]
+
+
+def _by_place(rows: Sequence[Any]) -> list[Any]:
+    """Rows by version in the order of a curve: by run, the first first, and then by step; by version where any has no step."""
+    has_steps = _have_steps(rows)
+    runs = {run: number for number, run in enumerate(dict.fromkeys(row.run for row in rows))}
+    return sorted(rows, key=lambda row: (runs[row.run], row.step if has_steps else row.version, row.version))
+
+
+def _have_steps(rows: Sequence[Any]) -> bool:
+    return all(row.step is not None for row in rows)

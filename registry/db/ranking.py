@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +15,13 @@ from registry.db.checkpoint_rows import load_each
 from registry.db.listing import LARGEST, Scope, finite_metric, narrowed
 from registry.db.lookup import adapter_text
 from registry.db.tables import AdapterMetricRow, AdapterRow, CheckpointRow, MetricRow
+from registry.errors import DirectionUnknown, MixedData, UnknownMetric
 from registry.manifest import Checkpoint, Direction
-from registry.selection import Group, Grouping, Ranking, Tally, choose, group_key, known_direction
+from registry.results import AdapterLine
+from registry.selection import Basis, Group, Grouping, Ranking, Tally, choose, group_key, known_direction, most_telling
 
 _FEW = 5000
+_TRIED = 3
 
 
 def rank(
@@ -67,6 +72,38 @@ def foremost(session: Session, scope: Scope, metric: str, front: int) -> Checkpo
         statement = _first(_ranked(conditions, metric, direction, of_few=of_few), 1)
     found = list(session.scalars(statement))
     return load_each(session, found)[0] if found else None
+
+
+def leading(session: Session, lines: Mapping[int, AdapterLine]) -> Mapping[int, tuple[Basis, int]]:
+    """What adapters are ranked by, and the ids of their best checkpoints; by the adapters' ids.
+
+    That is the metric that all of an adapter's checkpoints share, or else the first that tells. Those that nobody can rank are left out.
+    """
+    row = AdapterMetricRow
+    kept: Select[*tuple[Any, ...]] = select(
+        row.adapter_id, row.name, row.split, row.direction, row.data, row.checkpoints, row.finite
+    ).where(row.adapter_id.in_(list(lines)), row.checkpoints > 0)
+    counted = defaultdict[int, list[Tally]](list)
+    for adapter_id, name, split, direction, data, checkpoints, finite in session.execute(kept):
+        counted[adapter_id].append(Tally(name, split, direction or None, data, checkpoints, finite))
+    found = {}
+    for adapter_id, line in lines.items():
+        if basis := _telling(counted[adapter_id], line):
+            best = _best_of(adapter_id, basis, of_few=line.checkpoints <= _FEW)
+            found[adapter_id] = basis, session.scalars(best).one()
+    return found
+
+
+def _telling(counted: Sequence[Tally], line: AdapterLine) -> Basis | None:
+    for metric in (None, *most_telling(line.metrics)[:_TRIED]):
+        with suppress(UnknownMetric, DirectionUnknown, MixedData):
+            return choose(counted, line.checkpoints, metric=metric, direction=None, top=1)
+    return None
+
+
+def _best_of(adapter_id: int, basis: Basis, *, of_few: bool) -> Select[int]:
+    in_adapter = [CheckpointRow.adapter_id == adapter_id]
+    return _first(_ranked(in_adapter, basis.metric, basis.direction, of_few=of_few), 1)
 
 
 def _first_of_front(

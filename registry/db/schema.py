@@ -56,7 +56,7 @@ from registry.errors import (
 from registry.manifest import utc_now
 
 # Revisions are numbers with leading zeros, so that older and newer ones compare as text.
-HEAD_REVISION = "0007"
+HEAD_REVISION = "0008"
 BUSY_TIMEOUT_SECONDS = 30
 LONGEST_PAUSE_SECONDS = 60
 CONNECT_TIMEOUT_SECONDS = 10

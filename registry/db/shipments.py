@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, final
 
-from sqlalchemy import ColumnElement, Select, exists, select
+from sqlalchemy import ColumnElement, Select, exists, func, select
 from sqlalchemy.orm import Session, aliased
 
 from registry.db.lookup import checkpoint_id, is_adapter, ref
@@ -14,6 +16,7 @@ from registry.db.tables import AdapterRow, BaseRow, CheckpointRow, MergedRow, Sh
 from registry.errors import Conflict, UnknownEnvironment
 from registry.manifest import Checkpoint, Merged, Shipment
 from registry.refs import AdapterName, Digest
+from registry.results import EnvironmentLine
 
 
 @final
@@ -52,6 +55,25 @@ class Shipments:
         last = ~exists().where(*_after(later), *later_until_then).correlate(ShipmentRow)
         found = self._load(*_to(environment), *until_then, last)
         return sorted(found, key=lambda shipment: (shipment.environment, _adapter(shipment)))
+
+    def newest(self, most: int, namespaces: Sequence[str] = ()) -> list[EnvironmentLine]:
+        """Each environment, by name, with those that went live there last of what is (in some namespaces), so many at most."""
+        live = select(func.max(ShipmentRow.id).label("id"), ShipmentRow.environment)
+        if namespaces:
+            seen = select(AdapterRow.id).where(AdapterRow.namespace.in_(namespaces))
+            live = live.where(ShipmentRow.adapter_id.in_(seen))
+        last = live.group_by(ShipmentRow.environment, ShipmentRow.adapter_id).subquery()
+        place = func.row_number().over(partition_by=last.c.environment, order_by=last.c.id.desc()).label("place")
+        count = func.count().over(partition_by=last.c.environment).label("there")
+        places = select(last.c.id, place, count).subquery()
+        first = self._session.execute(select(places.c.id, places.c.there).where(places.c.place <= most))
+        counts, found = dict(first.all()), defaultdict[str, list[Shipment]](list)
+        for each in self._load(ShipmentRow.id.in_(list(counts))):
+            found[each.environment].insert(0, each)
+        return [
+            EnvironmentLine(name=name, newest=tuple(newest), others=counts[newest[0].number] - len(newest))
+            for name, newest in sorted(found.items())
+        ]
 
     def _load(self, *conditions: ColumnElement[bool]) -> list[Shipment]:
         later = aliased(ShipmentRow)

@@ -204,6 +204,9 @@ class CheckpointRow(Table):
         Index(None, "base_id"),
         Index(None, "run"),
         Index(None, "created_at"),
+        Index(None, "step", "id"),
+        Index(None, "rank", "id"),
+        Index(None, "size_bytes", "id"),
     )
 
     id: Mapped[Id]
@@ -606,6 +609,7 @@ class LeaseRow(Table):
         *_hex("digest"),
         *_at_most(LINE_LENGTH, "holder"),
         Index(None, "expires_at"),
+        Index(None, "holder"),
     )
 
     id: Mapped[Id]

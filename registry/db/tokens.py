@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from registry.db.lookup import near
 from registry.db.tables import TokenRow
-from registry.errors import Unauthenticated, UnknownToken
+from registry.errors import NameTaken, Unauthenticated, UnknownToken
 from registry.teamwork import Principal, Role, Token
 
 USE_NOTED_EVERY = timedelta(minutes=1)
@@ -36,6 +36,8 @@ class Tokens:
         Raises:
             NameTaken: there is one of this name.
         """
+        if self._session.scalar(select(TokenRow.id).where(TokenRow.name == token.name)) is not None:
+            raise NameTaken(f"token {token.name}", "there is, or was, one of this name")
         row = TokenRow(
             name=token.name,
             role=token.role.value,

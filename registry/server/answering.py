@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 import threading
@@ -26,6 +25,7 @@ from registry.db.replies import Reply
 from registry.errors import InvalidInput, Outdated, RegistryError, TooLarge
 from registry.server.authority import Authority, require
 from registry.server.boundary import Figures, seen
+from registry.server.flowing import json_bytes, send_list
 from registry.server.problems import own_problem, problem, status_of
 from registry.server.routing import HEADED, Later, Rule
 from registry.server.scope import Scope
@@ -185,13 +185,15 @@ def _answer(rule: Rule, scope: Scope, request: Request, body: bytes) -> Response
     found = call()
     if isinstance(found, Response):
         return found
+    if isinstance(found, Iterator):
+        return send_list(found)
     return _rendered(rule.status, plain(found.write() if isinstance(found, Later) else found), request)
 
 
 def _if_unchanged(scope: Scope, look: Callable[[], Any], wanted: str, call: Callable[[], Any]) -> Any:
     """Do it if what is there is what whoever asks has seen, both within one transaction."""
     with scope.registry.workspace.writing():
-        if not is_among(_tag(_text(plain(look()))), wanted):
+        if not is_among(_tag(json_bytes(plain(look()))), wanted):
             raise Outdated("If-Match", "it is not what you have seen: look again")
         return call()
 
@@ -225,7 +227,7 @@ def _digest(request: Request, body: bytes) -> str:
 
 
 def _rendered(status: int, document: Any, request: Request, headers: Mapping[str, str] | None = None) -> Response:
-    text = _text({} if document is None else document)
+    text = json_bytes({} if document is None else document)
     if request.method != "GET":
         return Response(text, status, headers, "application/json")
     tag = _tag(text)
@@ -233,12 +235,6 @@ def _rendered(status: int, document: Any, request: Request, headers: Mapping[str
     if is_among(tag, request.headers.get("if-none-match", "")):
         return Response(status_code=304, headers=fresh)
     return Response(text, status, fresh, "application/json")
-
-
-def _text(document: Any) -> bytes:
-    return json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(
-        "utf-8", "surrogatepass"
-    )
 
 
 def _tag(text: bytes) -> str:

@@ -21,7 +21,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from registry.errors import InvalidSetting, RegistryError
+from registry.errors import InvalidInput, InvalidSetting, RegistryError
 from registry.jobs import InlineEngine
 from registry.server import adapters, bases, checkpoints, choosing, keeping, repositories, shipping, uploads, work
 from registry.server.answering import Kitchen, endpoint
@@ -258,6 +258,23 @@ def check_start(settings: Settings) -> tuple[str, ...]:
         if (error := is_ready(registry)) is not None:
             raise error
         return registry.workspace.store.probe() if settings.is_shared else ()
+
+
+def check_address(host: str, port: int) -> None:
+    """See that one can listen there, before anybody is told that somebody does.
+
+    Raises:
+        InvalidInput: one cannot: somebody else does, or this machine has no such address.
+    """
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as tried:
+                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family is socket.AF_INET6:
+                    tried.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                tried.bind(address)
+    except OSError as error:
+        raise InvalidInput("address", f"{host}:{port}", f"cannot listen there: {error.strerror}") from error
 
 
 class _Server(uvicorn.Server):

@@ -124,7 +124,7 @@ class Authority:
             if self.is_open() and is_this_machine(address):
                 return self._owner
             raise Unauthenticated("this server wants a token")
-        key = secret_sha256(secret)
+        key, asked_at = secret_sha256(secret), time.monotonic()
         if key not in self._good:  # who was let in before is not kept out by others behind the same address
             self._throttle.check(address)
         try:
@@ -134,13 +134,13 @@ class Authority:
                 self._good.pop(key, None)
             self._throttle.failed(address)
             raise
-        self._remember(key, principal)
+        self._remember(key, _Good(principal, asked_at + _TRUSTED_SECONDS))
         self.uses.note(principal.name)
         return principal
 
-    def _remember(self, key: str, principal: Principal) -> None:
+    def _remember(self, key: str, good: _Good) -> None:
         with self._lock:
-            self._good[key] = _Good(principal, time.monotonic() + _TRUSTED_SECONDS)
+            self._good[key] = good
             self._good.move_to_end(key)
             while len(self._good) > _MOST_REMEMBERED:
                 self._good.popitem(last=False)
@@ -151,10 +151,11 @@ class Authority:
             return True
         if not self._is_loopback or self._has_tokens:
             return False
-        if self._looked_at <= time.monotonic() - _TRUSTED_SECONDS:
+        now = time.monotonic()
+        if self._looked_at <= now - _TRUSTED_SECONDS:
             with self._registry.workspace.reading() as catalog:
                 self._has_tokens = catalog.tokens.exist()
-            self._looked_at = time.monotonic()
+            self._looked_at = now
         return not self._has_tokens
 
 

@@ -190,10 +190,9 @@ def list_history(
     limit: Annotated[int, "The last so many.", range(1, 10_001)] = 100,
     author: Annotated[str, "By this one only."] = "",
     since: Annotated[datetime | None, "From then on; with its zone."] = None,
-) -> list[Event]:
+    cursor: Annotated[str, "Those before a page, as it said."] = "",
+) -> Page[Event]:
     """What was changed, by whom, oldest first."""
-
-    def look(count: int) -> list[Event]:
-        return scope.registry.history(subject, count, author=author, since=since)
-
-    return scope.last(look, scope.sees_event, limit)[-limit:]
+    return scope.registry.history_page(
+        subject, author=author, since=since, cursor=cursor, limit=limit, namespaces=scope.namespaces
+    )

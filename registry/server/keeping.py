@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Annotated, Any
 
@@ -113,9 +113,9 @@ def verify_audit(scope: Scope) -> AuditState:
 
 
 @routes.route("GET", "/audit/export", Role.ADMIN)
-def export_audit(scope: Scope) -> list[Event]:
-    """Every event, oldest first."""
-    return list(scope.registry.export_audit())
+def export_audit(scope: Scope) -> Iterator[Event]:
+    """Every event, oldest first, sent while they are read."""
+    return scope.registry.export_audit()
 
 
 @routes.route("POST", "/sweep", Role.ADMIN)

@@ -19,7 +19,7 @@ _ABOUT = """Record adapter checkpoints, choose, check, merge and ship them.
 
 Every error has one shape, `Error`. Values are those of the Python library, field by field. Numbers that JSON does not have are the texts
 `nan`, `inf` and `-inf`. Writes that take an `Idempotency-Key` happen once for each key of yours, within two days. Lists with a `cursor` in their
-answer go on there. The answers of GET carry an `ETag`."""
+answer go on there. The answers of GET carry an `ETag`, but for lists that are sent while they are read."""
 _ERROR: Schema = {
     "type": "object",
     "description": "What went wrong.",
@@ -86,7 +86,7 @@ def _operation(rule: Rule, schemas: Schemas) -> dict[str, Any]:
         "summary": summary.rstrip("."),
         "description": " ".join(filter(None, [more, needed])),
         "parameters": [*(_parameter(param, schemas) for param in rule.params), *_headers(rule)],
-        "responses": {**_success(rule, schemas), **_failures(rule)},
+        "responses": {**_success(rule, schemas), **_unchanged(rule), **_failures(rule)},
         "x-role": rule.role.value,
     }
     if rule.is_raw:
@@ -121,7 +121,7 @@ def _headers(rule: Rule) -> list[dict[str, Any]]:
         wanted.append(
             ("If-Match", "The tag of what is about to be changed; when it is another by now, the status is 412.")
         )
-    if rule.method == "GET":
+    if _is_tagged(rule):
         wanted.append(
             ("If-None-Match", "The tag of an answer that is still there: if it has not changed, the status is 304.")
         )
@@ -148,6 +148,14 @@ def _success(rule: Rule, schemas: Schemas) -> dict[str, Any]:
     if rule.is_keyed:
         told["headers"] = {REPLAYED: {"description": "It is the answer of before.", "schema": {"enum": ["true"]}}}
     return {str(rule.status): told}
+
+
+def _is_tagged(rule: Rule) -> bool:
+    return rule.method == "GET" and not rule.is_streamed
+
+
+def _unchanged(rule: Rule) -> dict[str, Any]:
+    return {"304": {"description": "It is what `If-None-Match` names; nothing is sent."}} if _is_tagged(rule) else {}
 
 
 def _failures(rule: Rule) -> dict[str, Any]:

@@ -91,6 +91,11 @@ class Rule:
         return self.handler.__name__
 
     @property
+    def is_streamed(self) -> bool:
+        """Whether it answers a list that is sent while it is made, and so has no tag."""
+        return get_origin(self.answer) is Iterator
+
+    @property
     def is_conditional(self) -> bool:
         """Whether it takes an `If-Match`."""
         return self.current is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from datetime import datetime
 from enum import Enum
@@ -58,7 +58,7 @@ class Schemas:
         return self._array(origin, inner, is_sent)
 
     def _array(self, origin: Any, inner: tuple[Any, ...], is_sent: bool) -> Schema:
-        if origin in (Sequence, list) or (origin is tuple and inner[-1] is Ellipsis):
+        if origin in (Sequence, list, Iterator) or (origin is tuple and inner[-1] is Ellipsis):
             return {"type": "array", "items": self.of(inner[0], is_sent=is_sent)}
         if origin is tuple:
             items = [self.of(each, is_sent=is_sent) for each in inner]

@@ -14,16 +14,16 @@ from registry.errors import (
     UnknownEnvironment,
     UnknownJob,
     UnknownMerged,
+    UnknownRecipe,
 )
-from registry.manifest import Checkpoint, Event, Merged, Shipment
+from registry.manifest import Checkpoint, Merged, Shipment
 from registry.refs import AdapterName, CheckpointRef
-from registry.results import Repository
+from registry.results import KeptRecipe, Repository
 from registry.service import Registry
 from registry.teamwork import Job, Principal
 
-T = TypeVar("T", Checkpoint, Merged)
+T = TypeVar("T", Checkpoint, Merged, KeptRecipe)
 _U = TypeVar("_U")
-_OF_EVERYBODY = ("base.add", "base.move")
 _MOST_LOOKED_AT = 100_000
 
 
@@ -84,6 +84,20 @@ class Scope:
         """
         return self.registry.repository(id_, revision, self.namespaces)
 
+    def recipe(self, text: str) -> KeptRecipe:
+        """The kept recipe that a repository's id, or a digest's first digits, mean.
+
+        Raises:
+            UnknownRecipe, Ambiguous: none, or several.
+        """
+        if not self.namespaces:
+            return self._recipe(text)
+        return _only(text, self._seen(self._recipe, text), UnknownRecipe(text))
+
+    def recipes(self) -> list[KeptRecipe]:
+        """The kept recipes, the oldest first."""
+        return [each for each in self.registry.recipes() if self.sees(each)]
+
     def adapter(self, name: str) -> AdapterName:
         """An adapter's name, if it may be seen.
 
@@ -113,6 +127,10 @@ class Scope:
         with self.registry.workspace.reading() as catalog:
             return catalog.merged.resolve(text)
 
+    def _recipe(self, text: str) -> KeptRecipe:
+        with self.registry.workspace.reading() as catalog:
+            return catalog.recipes.find(text)
+
     def _seen(self, look_up: Callable[[str], T], text: str) -> list[T]:
         """What a prefix means, of what may be seen."""
         try:
@@ -134,22 +152,15 @@ class Scope:
 
     # -- see
 
-    def sees(self, subject: Checkpoint | Merged) -> bool:
-        """Whether a checkpoint may be seen; of a merged model, all that went into it."""
-        if isinstance(subject, Merged):
-            return all(map(self.sees_ref, subject.checkpoints))
-        return self.principal.sees(subject.adapter)
+    def sees(self, subject: Checkpoint | Merged | KeptRecipe) -> bool:
+        """Whether a checkpoint may be seen; of a merged model or a recipe, all that goes into it."""
+        if isinstance(subject, Checkpoint):
+            return self.principal.sees(subject.adapter)
+        return all(map(self.sees_ref, subject.checkpoints))
 
     def sees_ref(self, ref: str) -> bool:
         """Whether the adapter of a reference may be seen."""
         return not self.namespaces or self.principal.sees(AdapterName.parse(ref.partition("@")[0]))
-
-    def sees_event(self, event: Event) -> bool:
-        """Whether an event is about what may be seen. What concerns everything is for those who see everything."""
-        if not self.namespaces or event.action in _OF_EVERYBODY:
-            return True
-        name, at, _ = event.subject.partition("@")
-        return bool(at) and self.principal.sees(AdapterName.parse(name))
 
     def sees_job(self, job: Job) -> bool:
         """Whether all that a job works on may be seen, or it is theirs."""
@@ -228,4 +239,6 @@ def _only(text: str, found: Sequence[_U], missing: NotFound) -> _U:
 def _name(subject: object) -> str:
     if isinstance(subject, Checkpoint):
         return f"{subject.ref} {subject.digest.short}"
+    if isinstance(subject, KeptRecipe):
+        return f"merged-{subject.recipe.digest.hex}"
     return f"merged {subject.digest.short}" if isinstance(subject, Merged) else str(subject)

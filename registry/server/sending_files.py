@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from urllib.parse import quote
 
-import anyio.to_thread
-from anyio import CancelScope
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import Response, StreamingResponse
 
 from registry.server.answering import is_among
+from registry.server.flowing import flowing
 
 Pieces = Callable[[int, int], Iterator[bytes | memoryview]]
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
@@ -66,19 +64,7 @@ def send_file(
     if is_head or start == end:
         return Response(status_code=status, headers=told, media_type=_BYTES)
     rest = pieces(start, end)
-    return StreamingResponse(_flowing(next(rest, b""), rest), status, told, _BYTES)
-
-
-async def _flowing(first: bytes | memoryview, rest: Iterator[bytes | memoryview]) -> AsyncIterator[bytes | memoryview]:
-    """Pieces as they are sent: while one is on its way, a thread gets the next. Whatever they are read from is let go of in a thread, too."""
-    try:
-        yield first
-        while (piece := await anyio.to_thread.run_sync(partial(next, rest, None))) is not None:
-            yield piece
-    finally:
-        if isinstance(rest, Generator):
-            with CancelScope(shield=True):
-                await anyio.to_thread.run_sync(rest.close)
+    return StreamingResponse(flowing(next(rest, b""), rest), status, told, _BYTES)
 
 
 def _range(asked: Headers, tag: str, size: int) -> tuple[int, int] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -13,12 +14,14 @@ _BLOCK_BYTES = 16 << 10
 
 @dataclass
 class Cut:
-    """The next `times` requests that start so lose their connection: after `sent` bytes of their body, or after `received` of the answer's."""
+    """The next `times` requests that start so lose their connection: after `sent` bytes of their body, or after `received` of the answer's,
+    which was `late_seconds` in coming."""
 
     start: str
     sent: int | None = None
     received: int = 0
     times: int = 1
+    late_seconds: float = 0.0
 
 
 @dataclass
@@ -74,6 +77,7 @@ def _serve(near: socket.socket, server: tuple[str, int], line: Line) -> None:
             _pass(near, far, rest, _length(head), cut.sent if cut else None)
             head, rest = _head(far)
             if cut and not cut.received:
+                time.sleep(cut.late_seconds)
                 raise _Over
             near.sendall(head)
             length = 0 if first.startswith("HEAD ") else _length(head)

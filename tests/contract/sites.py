@@ -98,7 +98,7 @@ def serving(settings: Settings) -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(120)
         listener.close()
         assert not thread.is_alive()
 
@@ -122,5 +122,5 @@ def worker_thread(own: Registry, **settings: Any) -> Iterator[Worker]:
         yield worker
     finally:
         worker.stop()
-        thread.join(20)
+        thread.join(120)
         assert not thread.is_alive()

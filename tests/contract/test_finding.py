@@ -146,6 +146,13 @@ def test_notes_tags_and_metrics_are_added_and_signed(ckpt: Registry, make: Maker
     assert [event.action for event in ckpt.history("bot", 1)] == ["metric"]
     numbers = [event.number for event in ckpt.history()]
     assert numbers == sorted(numbers)
+    last = ckpt.history_page("bot@v1", author="ada", limit=3)
+    before = ckpt.history_page("bot@v1", author="ada", limit=3, cursor=last.cursor)
+    assert [event.action for event in (*before.items, *last.items)] == ["register", "note", "tag", "metric", "metric"]
+    assert before.cursor == ""
+    for wrong in ({"cursor": "zork"}, {"limit": 0}):
+        with pytest.raises(InvalidInput):
+            ckpt.history_page(**wrong)
 
 
 def test_aliases_move_and_go(ckpt: Registry, make: Maker) -> None:

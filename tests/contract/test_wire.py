@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import servers
 import tiny
 from cutting import Cut, Line, bad_line
 from sites import Site
@@ -47,10 +47,10 @@ def base(ckpt: Registry, tmp_path: Path) -> None:
     ckpt.add_base(str(tiny.write_base(tmp_path / "base", shards=2)), name="base", copy=True)
 
 
-def over(server: Site, line: Line) -> RemoteRegistry:
-    """The server over a bad line, for somebody who soon gives up."""
-    token = server.secrets["bob"]
-    return server.opened.enter_context(RemoteRegistry(settings(server.home, line.url, token), patience_seconds=1.5))
+def over(server: Site, line: Line, patience_seconds: float = 60.0) -> RemoteRegistry:
+    """The server over a bad line, for somebody who gives up after that time."""
+    own = settings(server.home, line.url, server.secrets["bob"])
+    return server.opened.enter_context(RemoteRegistry(own, patience_seconds=patience_seconds))
 
 
 @pytest.mark.usefixtures("base")
@@ -92,15 +92,16 @@ def test_reads_are_asked_for_again(server: Site, ckpt: Registry) -> None:
 
 @pytest.mark.usefixtures("base")
 def test_a_server_that_is_started_anew_is_waited_for(server: Site) -> None:
-    with bad_line(server.url) as line:
+    (port,) = servers.free_ports(1)
+    with bad_line(server.url, port) as line:
         client = server.connect("bob", line.url)
         assert client.bases()
         line.cuts = [Cut("GET")]
     with ThreadPoolExecutor(1) as threads:
         asked = threads.submit(client.bases)
-        time.sleep(2.5)
-        with bad_line(server.url, int(line.url.rpartition(":")[2])):
-            assert asked.result(20)
+        time.sleep(2.5)  # longer than one that never was there would be waited for
+        with bad_line(server.url, port):
+            assert asked.result(120)
 
 
 @pytest.mark.usefixtures("base")
@@ -110,6 +111,14 @@ def test_a_removal_whose_answer_is_lost_is_no_error(server: Site, ckpt: Registry
         line.cuts = [Cut("DELETE /api/v1/checkpoint")]
         over(server, line).remove(found.checkpoint)
     assert ckpt.checkpoints() == []
+
+
+@pytest.mark.usefixtures("base")
+def test_an_answer_that_took_longer_than_patience_lasts_is_asked_for_again_too(server: Site) -> None:
+    with bad_line(server.url) as line:
+        line.cuts = [Cut("GET /api/v1/bases", late_seconds=1.6)]
+        assert [each.name for each in over(server, line, 1.5).bases()] == ["base"]
+        assert len(line.asked) == 2
 
 
 def write_large(folder: Path, size_bytes: int) -> Path:
@@ -145,7 +154,7 @@ def test_an_upload_is_resumed_by_another_process(server: Site, ckpt: Registry, t
     with bad_line(server.url) as line:
         line.cuts = [Cut("PUT /api/v1/uploads", sent=0, times=0), Cut("POST /api/v1/uploads", times=1000)]
         with pytest.raises(ServerFailed):
-            over(server, line).add_base(str(place), name="large", copy=True)
+            over(server, line, 0.5).add_base(str(place), name="large", copy=True)
     with bad_line(server.url) as line:
         over(server, line).add_base(str(place), name="large", copy=True)
         assert [each for each in line.asked if each.startswith("PUT /api/v1/uploads")] == []
@@ -169,7 +178,7 @@ def test_what_has_come_before_a_cut_is_kept_for_the_next_try(server: Site, ckpt:
     with bad_line(server.url) as line:
         line.cuts = [Cut("GET /api/v1/file?", received=700), Cut("GET /api/v1/file?", times=1000)]
         with pytest.raises(ServerFailed):
-            over(server, line).pull(found.checkpoint, tmp_path / "out")
+            over(server, line, 0.5).pull(found.checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (partial,) = tmp_path.glob(".out.*.partial")
     assert sum(len(data) for data in tiny.contents(partial).values()) > 0
@@ -197,8 +206,7 @@ def settings(folder: Path, server: str, token: str = "") -> Settings:
 
 
 def test_no_server_is_told_soon(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    (port,) = servers.free_ports(1)
     with (
         registry.connect(settings(tmp_path, f"http://127.0.0.1:{port}")) as nobody,
         pytest.raises(ServerFailed) as caught,

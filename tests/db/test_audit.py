@@ -11,7 +11,7 @@ from sqlalchemy import Engine
 
 from registry.db.catalog import Catalog
 from registry.db.schema import reading, writing
-from registry.errors import Changed
+from registry.errors import Changed, InvalidInput
 
 
 @pytest.fixture
@@ -45,6 +45,37 @@ def test_events_come_back_as_they_were_appended(history: Engine) -> None:
         assert [event.number for event in events.all("b_t")] == []
         assert [event.number for event in events.all("bo")] == []
         assert events.verify().count == 7
+
+
+def test_pages_go_back_through_what_is_seen_and_wanted(engine: Engine) -> None:
+    subjects = [
+        "nlu/bot@v1",
+        "vision/bot@v1",
+        "nlu/bot",
+        "nlux/bot@v1",
+        "NLU/bot@v1",
+        "bot@v1",
+        "job 1",
+        "llama",
+        "nlu/b%@v2",
+    ]
+    with writing(engine) as session:
+        for i in range(40):
+            subject, action = subjects[i % 9], "base.add" if i % 9 == 7 else "note"
+            Catalog(session).events.append("ab"[i % 2], NOON + timedelta(minutes=i), action, subject, {})
+    with reading(engine) as session:
+        events = Catalog(session).events
+        for asked in ({}, {"author": "a"}, {"since": NOON + timedelta(minutes=25)}, {"subject": "nlu/bot"}):
+            pages = [events.page(limit=3, namespaces=("nlu", "none"), **asked)]  # type: ignore[arg-type]
+            while pages[-1].cursor:
+                pages.append(events.page(limit=3, namespaces=("nlu", "none"), cursor=pages[-1].cursor, **asked))  # type: ignore[arg-type]
+            found = [event for page in reversed(pages) for event in page.items]
+            seen = ("nlu/bot@v1", "nlu/b%@v2", "llama")
+            assert found == [event for event in events.all(**asked) if event.subject in seen]  # type: ignore[arg-type]
+            assert all(len(page.items) == 3 for page in pages[:-1])
+        for wrong in ({"cursor": "-1"}, {"cursor": "\u0663"}, {"cursor": "9" * 40}, {"limit": 0}, {"limit": 10_001}):
+            with pytest.raises(InvalidInput):
+                events.page(**wrong)  # type: ignore[arg-type]
 
 
 def test_no_events_are_a_sound_chain(catalog: Catalog) -> None:

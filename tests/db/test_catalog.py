@@ -43,6 +43,7 @@ from registry.manifest import (
     digest_of,
 )
 from registry.refs import AdapterName, CheckpointRef, Digest
+from registry.results import EnvironmentLine
 from registry.tensors import DType
 
 BOT = AdapterName("", "support-bot")
@@ -483,6 +484,20 @@ class TestShipments:
         assert catalog.shipments.live() == [two, three, four]
         assert catalog.shipments.live("production", NOON + 1.5 * HOUR) == [two, ended]
         assert catalog.shipments.live("production", NOON - HOUR) == []
+
+    def test_what_went_live_last_in_each_environment(self, catalog: Catalog) -> None:
+        first, second = add(catalog, 2)
+        (other,), (third,) = add(catalog, adapter="team/other"), add(catalog, adapter="team/third")
+        _, two, three, four = (
+            self.ship(catalog, each, hour) for hour, each in enumerate((first, other, second, third))
+        )
+        five = catalog.shipments.add("canary", first, note="", author="bob", at=NOON)
+        of_canary = EnvironmentLine(name="canary", newest=(five,), others=0)
+        production = EnvironmentLine(name="production", newest=(four, three), others=1)
+        assert catalog.shipments.newest(2) == [of_canary, production]
+        assert catalog.shipments.newest(9)[1].newest == (four, three, two)
+        assert catalog.shipments.newest(1, ["team"]) == [replace(production, newest=(four,))]
+        assert catalog.shipments.newest(1, ["none"]) == []
 
     def test_rollbacks_walk_back_and_not_to_and_fro(self, catalog: Catalog) -> None:
         for number, each in enumerate(add(catalog, 3), 1):

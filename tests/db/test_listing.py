@@ -490,3 +490,35 @@ def test_the_best_and_the_few_are_found_by_an_index(sqlite: Engine) -> None:
         found = plans(sqlite, ask)
         assert index in found
         assert not re.search(r"SCAN (metrics|tags|events|shipments)$", found, re.MULTILINE), found
+
+
+@pytest.mark.parametrize(
+    ("sort", "index"), [("step", "step_id"), ("-step", "step_id"), ("rank", "rank_id"), ("-size", "size_bytes_id")]
+)
+def test_all_checkpoints_are_sorted_by_an_index(sqlite: Engine, sort: str, index: str) -> None:
+    found = plans(sqlite, lambda catalog: catalog.checkpoints.page(Scope(), sort=sort))
+    assert f"ix_checkpoints_{index}" in found
+    assert "ORDER BY" not in found
+
+
+def test_an_adapters_checkpoints_of_a_rank_are_found_by_the_adapter(sqlite: Engine) -> None:
+    with writing(sqlite) as session:
+        Catalog(session).checkpoints.add(checkpoint())
+    of_rank = Scope(AdapterName("", "support-bot"), parse_filter("rank = 8"))
+    found = plans(sqlite, lambda catalog: catalog.checkpoints.page(of_rank))
+    assert "ix_checkpoints_rank_id" not in found
+
+
+def test_who_passes_by_a_short_tag_is_read_from_the_index_alone(sqlite: Engine) -> None:
+    found = plans(sqlite, lambda catalog: catalog.checkpoints.page(Scope(where=parse_filter("tag.team = 'nlu'"))))
+    assert "USING COVERING INDEX ix_tags_key_beginning_checkpoint_id" in found
+
+
+def test_what_somebody_holds_is_found_by_an_index(sqlite: Engine) -> None:
+    asked: list[Callable[[Catalog], object]] = [
+        lambda catalog: catalog.leases.of("ada", NOON),
+        lambda catalog: catalog.leases.parts("ada ", NOON),
+        lambda catalog: catalog.leases.release("ada"),
+    ]
+    for ask in asked:
+        assert "ix_leases_holder" in plans(sqlite, ask)

@@ -110,7 +110,7 @@ def test_a_database_with_the_first_tables_is_upgraded(saved: str, tmp_path: Path
     assert [each.name[:10] for each in copies] == (["ckpt-0001-"] if saved.startswith("sqlite") else [])
 
 
-@pytest.mark.parametrize("revision", ["0006", "0005", "0004", "0003", "0002", "0001"])
+@pytest.mark.parametrize("revision", ["0007", "0006", "0005", "0004", "0003", "0002", "0001"])
 def test_down_and_up_again(saved: str, tmp_path: Path, revision: str) -> None:
     upgrade(saved, tmp_path / "backups")
     migrate(saved, revision)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -59,6 +60,33 @@ def test_adapters_are_listed_by_their_newest(engine: Engine, checkpoints: list[C
         assert (overview.count(), overview.count(BOT), overview.count(namespaces=["nobody"])) == (80, 40, 0)
         with pytest.raises(InvalidInput):
             overview.adapters(limit=1001)
+
+
+def test_leaders_are_the_best_by_what_tells(engine: Engine, checkpoints: list[Checkpoint]) -> None:
+    with writing(engine) as session:
+        catalog = Catalog(session)
+        odd = [
+            Metric(name="loss", value=1.0, data="old"),
+            Metric(name="magic", value=1.0),
+            Metric(name="top1_acc", value=0.5),
+        ]
+        catalog.checkpoints.add(checkpoint(adapter="odd", metrics=odd))
+        catalog.checkpoints.add(checkpoint(adapter="odd", version=2, metrics=[replace(odd[0], data="new"), odd[1]]))
+        catalog.checkpoints.add(checkpoint(adapter="team/none", metrics={"magic": 1.0}))
+    with reading(engine) as session:
+        overview = Catalog(session).overview
+        found = {str(line.name): leader for line, leader in overview.leaders(10, 3)}
+        assert list(found) == ["team/none", "odd", "team/helper", "bot"]
+        assert found["team/none"] is None
+        assert found["odd"] is not None
+        assert (found["odd"].best.ref, found["odd"].metric, found["odd"].direction) == ("odd@v1", "top1_acc", "higher")
+        for name in (BOT, HELPER):
+            leader = found[str(name)]
+            ranking = best([each for each in checkpoints if each.adapter == name])
+            assert leader is not None
+            assert (leader.best, leader.metric) == (ranking.groups[0].checkpoints[0], ranking.metric)
+            assert list(leader.curve) == overview.values_of_run(name, leader.best.run, leader.metric, 3)
+        assert [str(line.name) for line, _ in overview.leaders(2, 3, ["team"])] == ["team/none", "team/helper"]
 
 
 def test_an_adapter_without_checkpoints_is_none(engine: Engine, checkpoints: list[Checkpoint]) -> None:

@@ -46,7 +46,9 @@ from registry.manifest import Note
 
 def run(program: str, *arguments: object) -> subprocess.Popen[str]:
     command_line = [sys.executable, "-W", "error", "-c", program, *map(str, arguments)]
-    return subprocess.Popen(command_line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command_line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def set_revision(database: Path, revision: str) -> None:
@@ -251,23 +253,32 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
 
 def test_writers_wait_and_readers_do_not(engine: Engine, url: str) -> None:
     program = (
-        "import sys, time; from registry.db.schema import open_engine, writing; from registry.db.tables import BlobRow\n"
+        "import sys; from registry.db.schema import open_engine, writing; from registry.db.tables import BlobRow\n"
         "engine = open_engine(sys.argv[1])\n"
         "with writing(engine) as session:\n"
         "    session.add(BlobRow(digest='0' * 64, sha256='', size_bytes=1)); session.flush()\n"
-        "    print('written', flush=True); time.sleep(0.5)\n"
+        "    print('written', flush=True); sys.stdin.readline()\n"
         "engine.dispose()"
     )
     other = run(program, url)
+    assert other.stdin is not None
     assert other.stdout is not None
     assert other.stdout.readline() == "written\n"
-    started = time.monotonic()
     with reading(engine) as session:
         assert Catalog(session).needs.unneeded() == {}
-    assert time.monotonic() - started < 0.4
+    other.stdin.write("go on\n")
+    other.stdin.flush()
     with writing(engine) as session:
         assert len(Catalog(session).needs.unneeded()) == 1
     assert other.communicate() == ("", "")
+
+
+def stand_still(session: Session, engine: Engine) -> None:
+    """Until the server has ended the session."""
+    mine = {"pid": session.scalar(text("SELECT pg_backend_pid()"))}
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as watching:
+        while watching.scalar(text("SELECT count(*) FROM pg_stat_activity WHERE pid = :pid"), mine):
+            time.sleep(0.05)
 
 
 def test_a_writer_that_stands_still_does_not_keep_others_waiting_for_ever(
@@ -275,8 +286,8 @@ def test_a_writer_that_stands_still_does_not_keep_others_waiting_for_ever(
 ) -> None:
     monkeypatch.setattr("registry.db.schema.LONGEST_PAUSE_SECONDS", 1)
     engine = open_engine(postgres_url)
-    with pytest.raises(Conflict, match="stood still"), writing(engine):
-        time.sleep(1.5)
+    with pytest.raises(Conflict, match="stood still"), writing(engine) as session:
+        stand_still(session, engine)
     with writing(engine) as session:
         assert session.scalar(text("SELECT 1")) == 1
     engine.dispose()

@@ -107,7 +107,7 @@ def test_annotations(server: Server, bot: str) -> None:
     assert details["checkpoint"]["tags"] == {"a": "1"}
     assert details["report"]["findings"] is not None
     assert details["problem"] is None
-    actions = [event["action"] for event in client.get("/history", params={"subject": bot}).json()]
+    actions = [event["action"] for event in client.get("/history", params={"subject": bot}).json()["items"]]
     assert actions == ["register", "note", "tag", "metric", "alias.set"]
     assert client.delete("/aliases", params={"adapter": "bot", "name": "champion"}).json()["version"] == 1
     assert client.delete("/checkpoint", params={"ref": bot}).json() == {}
@@ -256,9 +256,9 @@ def test_lists_show_only_what_is_seen(shared: Server) -> None:
     assert client.get("/jobs").json() == []
     assert client.get("/jobs/1").status_code == client.get("/jobs/1/log").status_code == 404
     assert client.post("/jobs/1/cancel").status_code == 404
-    history = client.get("/history").json()
+    history = client.get("/history").json()["items"]
     assert {event["subject"] for event in history} == {"nlu/bot@v1", "llama"}
-    assert client.get("/history", params={"subject": "vision/bot"}).json() == []
+    assert client.get("/history", params={"subject": "vision/bot"}).json() == {"items": [], "cursor": ""}
 
 
 def test_shipping_within_a_namespace(shared: Server) -> None:

@@ -115,9 +115,9 @@ def test_a_long_list_is_sorted_by_what_has_an_index(site: Site) -> None:
         database.execute("UPDATE adapters SET checkpoints = 300000 WHERE name = 'support-bot'")
     client = site.visitor("reader")
     whole = client.get("/checkpoints")
-    assert columns(whole) == ["Run", "eval_loss", "loss", "accuracy", "Created"]
+    assert columns(whole) == ["Run", "Step", "eval_loss", "loss", "accuracy", "Method", "Size", "Created"]
     assert "21 of 300,009 checkpoints" in whole.text
-    assert "Step" in columns(client.get("/checkpoints?adapter=nlu/intent"))
+    assert "Checkpoint" in columns(client.get("/checkpoints?adapter=nlu/intent"))
 
 
 def test_htmx_gets_the_list_alone_but_the_page_when_somebody_goes_back(site: Site) -> None:

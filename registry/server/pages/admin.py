@@ -59,15 +59,13 @@ def show_audit(visit: Visit) -> Shown:
     subject, author = visit.query.one("subject"), visit.query.one("author")
     since = moment(visit.query.one("since"), "since")
     limit = visit.query.number("limit", _AT_ONCE, range(1, _AT_MOST + 1))
-
-    def look(count: int) -> list[Event]:
-        return visit.scope.registry.history(subject, count, author=author, since=since)
-
-    found = visit.scope.last(look, visit.scope.sees_event, limit + 1)
+    found = visit.scope.registry.history_page(
+        subject, author=author, since=since, limit=limit, namespaces=visit.scope.namespaces
+    )
     asked = {"subject": subject, "author": author, "since": in_form(since)}
     following = {**asked, "limit": min(limit + _AT_ONCE, _AT_MOST)}
-    more = f"/audit?{urlencode(following)}" if len(found) > limit < _AT_MOST else ""
-    return Shown("audit.html", lines=[_line(event) for event in found[::-1][:limit]], more=more, asked=asked)
+    more = f"/audit?{urlencode(following)}" if found.cursor and limit < _AT_MOST else ""
+    return Shown("audit.html", lines=[_line(event) for event in found.items[::-1]], more=more, asked=asked)
 
 
 def _line(event: Event) -> Line:
