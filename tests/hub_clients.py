@@ -52,6 +52,7 @@ class Client:
     def environment(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "CKPT_", "PYTHON"))}
         told = {"HF_ENDPOINT": self.url, "HF_HOME": str(self.home), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        told |= {"HF_HUB_ETAG_TIMEOUT": "300", "HF_HUB_DOWNLOAD_TIMEOUT": "300"}  # on however slow a machine
         return {**kept, **told, "HF_HUB_DISABLE_PROGRESS_BARS": "1", **({"HF_TOKEN": self.token} if self.token else {})}
 
     def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -61,7 +62,7 @@ class Client:
             env={**self.environment, **environment},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
 
     def does(self, script: str, **environment: str) -> Any:

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tiny
+from running import settings_of
 
 from registry.combining import Making
 from registry.manifest import Checkpoint, Metric
 from registry.mixing import Mixture
 from registry.registering import Registration
 from registry.service import Registry
+from registry.teamwork import Role
 
 STEPS = (50, 100, 150, 200, 250, 300)
 CARD = """# Support bot
@@ -25,6 +27,15 @@ Answers questions about **orders**. See [the guide](https://example.org/guide).
 
 <script>alert("no")</script>
 """
+
+
+def fill_home(folder: Path) -> tuple[Path, dict[str, str]]:
+    """Make a home with all of it, to be copied. Gives the home, and tokens: one for each role, and `nlu`, a writer of that namespace."""
+    with Registry(settings_of(folder / "home")) as registry:
+        populate(registry, folder)
+        secrets = {role.value: registry.create_token(role.value, role).secret for role in Role}
+        secrets["nlu"] = registry.create_token("nlu", Role.WRITER, ["nlu"]).secret
+    return folder / "home", secrets
 
 
 def populate(registry: Registry, folder: Path) -> None:

@@ -8,14 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browsing import WIDE
+from browsing import WIDE, visiting
 from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
-from populated import populate
+from populated import fill_home
 from running import serving, settings_of
 from visiting import Site
-
-from registry.service import Registry
-from registry.teamwork import Role
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
 
@@ -23,28 +20,29 @@ CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/c
 @pytest.fixture(scope="module")  # no longer: while it is there, nobody else in this process may run an event loop
 def browser() -> Iterator[Browser]:
     with sync_playwright() as play:
-        found = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        found = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"], timeout=300_000)
         yield found
         found.close()
 
 
+@pytest.fixture(scope="module")
+def filled_home(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    return fill_home(tmp_path_factory.mktemp("populated"))
+
+
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    settings = settings_of(tmp_path / "home")
-    with Registry(settings) as registry:
-        populate(registry, tmp_path)
-        secrets = {role.value: registry.create_token(role.value, role).secret for role in Role}
-    with serving(settings) as server:
+def site(tmp_path: Path, filled_home: tuple[Path, dict[str, str]]) -> Iterator[Site]:
+    template, secrets = filled_home
+    shutil.copytree(template, tmp_path / "home")
+    with serving(settings_of(tmp_path / "home")) as server:
         yield Site(server, secrets)
 
 
 @pytest.fixture
 def context(browser: Browser, site: Site) -> Iterator[BrowserContext]:
-    made = browser.new_context(base_url=site.url, viewport=WIDE)  # type: ignore[arg-type]
-    made.grant_permissions(["clipboard-read", "clipboard-write"], origin=site.url)
-    made.set_default_timeout(15_000)
-    yield made
-    made.close()
+    with visiting(browser, site, viewport=WIDE) as made:
+        made.grant_permissions(["clipboard-read", "clipboard-write"], origin=site.url)
+        yield made
 
 
 @pytest.fixture

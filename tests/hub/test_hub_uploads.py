@@ -211,7 +211,7 @@ told = [api.upload_folder(repo_id=repo, folder_path={str(place)!r}).oid for _ in
 
 def files_taken(server: Server) -> float:
     """How many large files a server has taken."""
-    text = httpx.get(f"{server.url}/metrics").text
+    text = httpx.get(f"{server.url}/metrics", timeout=60).text
     lines = [line for line in text.splitlines() if line.startswith("ckpt_requests_total") and "objects/{oid}" in line]
     return sum(float(line.rpartition(" ")[2]) for line in lines if 'status="200"' in line)
 
@@ -220,7 +220,7 @@ def test_an_address_for_a_large_file_is_good_for_nothing_else(server: Server) ->
     data, other = b"x" * 1000, hashlib.sha256(b"y").hexdigest()
     oid = hashlib.sha256(data).hexdigest()
     files = "/large.git/info/lfs/objects"
-    with httpx.Client(base_url=server.url) as anyone:
+    with httpx.Client(base_url=server.url, timeout=60) as anyone:
         ours = {"Authorization": f"Bearer {server.secrets['writer']}"}
         asked = {"operation": "upload", "objects": [{"oid": oid, "size": 1000}]}
         (told,) = anyone.post(f"{files}/batch", json=asked, headers=ours).json()["objects"]

@@ -7,23 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from populated import populate
+from populated import fill_home
 from running import serving, settings_of
 from visiting import Site
-
-from registry.service import Registry
-from registry.teamwork import Role
 
 
 @pytest.fixture(scope="session")
 def filled_home(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """A registry to be copied, and the tokens in it."""
-    folder = tmp_path_factory.mktemp("populated")
-    with Registry(settings_of(folder / "home")) as registry:
-        populate(registry, folder)
-        secrets = {role.value: registry.create_token(role.value, role).secret for role in Role}
-        secrets["nlu"] = registry.create_token("nlu", Role.WRITER, ["nlu"]).secret
-    return folder / "home", secrets
+    return fill_home(tmp_path_factory.mktemp("populated"))
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ def test_a_metric_that_nobody_knows_the_direction_of_has_no_best(site: Site) -> 
 def test_an_adapter_without_metrics_says_how_to_measure(site: Site) -> None:
     folder = tiny.write_adapter(site.server.home / "bare", base="tiny-llama", seed=123)
     site.direct.register(str(folder))
-    assert "ckpt metric bare" in site.visitor("reader").get("/adapters/bare").text
+    assert "ckpt metric add bare" in site.visitor("reader").get("/adapters/bare").text
 
 
 def test_many_points_are_thinned_to_what_can_be_seen() -> None:

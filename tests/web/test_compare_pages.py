@@ -8,6 +8,7 @@ from pathlib import Path
 import tiny
 from visiting import Site
 
+from registry.manifest import Metric
 from registry.registering import Registration
 
 TWO = "/compare?ref=support-bot@v9&ref=support-bot@v5"
@@ -34,6 +35,15 @@ def test_metrics_stand_side_by_side_with_the_best_marked_and_differences_to_the_
     assert found["loss"] == ["0.74999", "0.67596 ★ best -0.07403"]
     assert re.search(r'class="small bad">\+0.00717', page)
     assert re.search(r'class="small good">-0.07403', page)
+
+
+def test_values_on_different_data_are_not_called_better_or_worse(site: Site) -> None:
+    for ref, value, data in (("support-bot@v9", 0.9, "a" * 64), ("support-bot@v5", 0.7, "b" * 64)):
+        found = site.direct.resolve(ref)
+        site.direct.add_metrics(found, [Metric(name="bleu", value=value, direction="higher", data=data)])
+    page = site.visitor("reader").get(TWO).text
+    assert rows(page, "Metrics side by side")["bleu"] == ["0.9", "0.7"]
+    assert "measured on different data" in page
 
 
 def test_only_what_differs_is_shown_until_all_is_asked_for(site: Site) -> None:

@@ -116,12 +116,15 @@ def test_admins_of_some_namespaces_are_no_admins_of_pages(site: Site) -> None:
 
 def test_an_invitation_lets_the_owner_in_once(tmp_path: Path) -> None:
     with serving(settings_of(tmp_path / "home"), Listening(is_private=True)) as server:
-        assert httpx.get(f"{server.url}/").status_code == 303
+        assert httpx.get(f"{server.url}/", timeout=60).status_code == 303
         key = server.app.state.sign_ins.invite()
-        with httpx.Client(base_url=server.url) as client:
+        with httpx.Client(base_url=server.url, timeout=60) as client:
             assert client.get("/sign-in", params={"key": key}).headers["location"] == "/"
             assert client.get("/").status_code == 200
-        assert httpx.get(f"{server.url}/sign-in", params={"key": key}).headers["location"].startswith("/sign-in")
+        again = httpx.get(f"{server.url}/sign-in", params={"key": key}, timeout=60)
+        assert again.status_code == 401
+        assert "was used already, or is too old: `ckpt ui` gives another" in again.text
+        assert "set-cookie" not in again.headers
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,9 @@ _CODES: Mapping[type, str] = {
 _POINTER_BYTES = 134  # of a Git LFS pointer, which clients want to see and nobody uses
 _MESSAGE_CHARACTERS = 1000
 _MOST_FINDINGS = 5
+# What keeps a repository from being given. On a look at a file's size, clients blame the connection for all that has no code of theirs; with
+# this one they say why.
+_WITHHELD = (errors.Refused, errors.Ambiguous, errors.Conflict, errors.Changed)
 # What 401 means to clients with these words; with others, a repository that is not there for whoever asks.
 _BAD_TOKEN = "Invalid credentials in Authorization header"  # noqa: S105 - words, not a password
 _LIBRARIES: Mapping[RepositoryKind, str] = {"adapter": "peft", "base": "transformers", "merged": "transformers"}
@@ -38,7 +41,12 @@ COMMIT = "X-Repo-Commit"
 
 
 def hub_problem(
-    error: RegistryError, *, has_token: bool = False, is_of_repository: bool = False, commit: str = ""
+    error: RegistryError,
+    *,
+    has_token: bool = False,
+    is_of_repository: bool = False,
+    is_reading: bool = False,
+    commit: str = "",
 ) -> Response:
     """The answer that an error is.
 
@@ -46,13 +54,17 @@ def hub_problem(
         error: what went wrong.
         has_token: whoever asked showed one.
         is_of_repository: a repository was asked for: without a token, that is not there, as on the Hub.
+        is_reading: it was to be read, not to be changed.
         commit: of the repository that was found, but not what was asked for in it.
     """
     status, words = status_of(error), explain(error)
-    text = f"{words.message}. {words.hint}" if words.hint else words.message
+    is_advised = words.hint and not isinstance(error, PathNotFound)  # its advice is about folders of this machine
+    text = f"{words.message}. {words.hint}" if is_advised else words.message
     if isinstance(error, errors.Refused):
         text = f"{words.message}: {'; '.join(_findings(error))}"
     code = next((_CODES[kind] for kind in type(error).__mro__ if kind in _CODES), "")
+    if is_of_repository and is_reading and isinstance(error, _WITHHELD):
+        code = code or "RepoNotFound"
     if isinstance(error, errors.Unauthenticated):
         text = _BAD_TOKEN if has_token else text
         code = "RepoNotFound" if is_of_repository and not has_token else ""

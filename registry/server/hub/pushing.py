@@ -37,6 +37,7 @@ from registry.server.scope import Scope
 
 _NOT_TAKEN = ("runs", "logs", "wandb", "mlruns")
 _WHOLE_MODEL = re.compile(r"(?:(?:model|pytorch_model)(?:-\d+-of-\d+)?\.(?:safetensors|bin)|.*\.gguf|lit_model\.pth)")
+_TOLD_BASES = 5
 _ESSENTIAL = (CONFIG_FILE, *WEIGHTS_FILES)
 _TRAINERS_WORDS = re.compile(r"Training in progress, step ([0-9]{1,12})\b")
 _COMMIT_ID = re.compile(r"[0-9a-f]{40}")
@@ -272,10 +273,17 @@ def _base(scope: Scope, name: str) -> BaseModel:
         found = scope.repository(name)
     if found is not None and found.kind == "base":
         return scope.registry.base(found.base)
-    advice = f"`ckpt base add PATH --name {name}` records it"
+    advice = f"`ckpt base add PATH --name {name}` records it{_recorded(scope)}"
     if found is not None and found.kind == "merged":
         advice = f"it is a merged model; `ckpt merge` writes it to a folder, and {advice}"
     raise InvalidInput("base_model_name_or_path", name, f"no base model of this name is recorded: {advice}")
+
+
+def _recorded(scope: Scope) -> str:
+    """What could be said instead: whoever trained on a copy of their own has its path there."""
+    names = [each.name for each in scope.registry.bases()]
+    more = ", …" if len(names) > _TOLD_BASES else ""
+    return f"; {CONFIG_FILE} may name {', '.join(names[:_TOLD_BASES])}{more} instead" if names else ""
 
 
 # -- what waits

@@ -230,7 +230,12 @@ class HubRoutes(BaseRoute):
         except RegistryError as error:
             if status_of(error) >= 500:
                 log.error("%s", error, extra={"request_id": known.request_id})
-            return hub_problem(error, has_token="authorization" in request.headers, is_of_repository="repo" in names)
+            return hub_problem(
+                error,
+                has_token="authorization" in request.headers,
+                is_of_repository="repo" in names,
+                is_reading=rule.role is Role.READER,
+            )
         except HTTPException as error:
             return JSONResponse({"error": own_words(error.status_code)}, error.status_code, error.headers)
         except ClientDisconnect:

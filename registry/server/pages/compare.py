@@ -14,7 +14,7 @@ from registry.errors import InvalidInput, RegistryError, UnknownMetric
 from registry.formats import read_adapter
 from registry.manifest import Checkpoint
 from registry.remembered import Remembered
-from registry.selection import declared_direction
+from registry.selection import declared_direction, is_measured_alike
 from registry.server.pages.drawing import metric
 from registry.server.pages.heat import Map, Measured, heat_map
 from registry.server.pages.plotted import Curve, Mark, curves_of, plotted
@@ -51,11 +51,13 @@ class Row:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricRow:
     """A metric of each checkpoint, None where it was not measured. `best` are the numbers of the best, none where nobody says what is better;
-    `deltas` are to the first, with whether they are better, None where that is not known.
+    `deltas` are to the first, with whether they are better, None where that is not known. Of values on different data (`is_like` is False),
+    there are neither.
     """
 
     name: str
     direction: str
+    is_like: bool
     values: tuple[float | None, ...]
     best: frozenset[int]
     deltas: tuple[tuple[float, bool | None] | None, ...]
@@ -156,16 +158,19 @@ def _text(value: Any) -> str:
 
 
 def _metric_row(name: str, found: Sequence[Checkpoint]) -> MetricRow:
-    values = tuple(each.metric(name) for each in found)
-    finite = [value for value in values if value is not None and math.isfinite(value)]
+    values, is_like = tuple(each.metric(name) for each in found), is_measured_alike(name, found)
+    finite = [value for value in values if is_like and value is not None and math.isfinite(value)]
     direction = declared_direction(name, found) or ""
     top = (min if direction == "lower" else max)(finite) if direction and len(finite) > 1 else None
     return MetricRow(
         name=name,
         direction=direction,
+        is_like=is_like,
         values=values,
         best=frozenset(at for at, value in enumerate(values) if top is not None and value == top),
-        deltas=tuple(_delta(values[0], value, direction) if at else None for at, value in enumerate(values)),
+        deltas=tuple(
+            _delta(values[0], value, direction) if at and is_like else None for at, value in enumerate(values)
+        ),
     )
 
 

@@ -67,7 +67,7 @@ class SignIns:
         with self._lock:
             until = self._keys.pop(_sha256(key), 0.0)
         if until <= time.monotonic():
-            raise Unauthenticated("this key was used, or is too old")
+            raise Unauthenticated("this address was used already, or is too old: `ckpt ui` gives another")
         return self._keep(None)
 
     def _keep(self, token_sha256: str | None) -> str:
@@ -114,7 +114,10 @@ def pages_of(sign_ins: SignIns) -> Pages:
     @pages.page("GET", "/sign-in", None)
     def show_sign_in(visit: Visit) -> Shown | Moved:
         if key := visit.query.one("key"):
-            return Moved("/", sign_ins.enter_with_key(key))
+            try:
+                return Moved("/", sign_ins.enter_with_key(key))
+            except Unauthenticated as error:
+                return Shown("sign_in.html", status=401, next="/", problem=str(error.reason))
         return Shown("sign_in.html", next=own_url(visit.query.one("next")))
 
     @pages.page("POST", "/sign-in", None)

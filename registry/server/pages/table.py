@@ -160,7 +160,7 @@ def list_checkpoints(visit: Visit) -> Shown:
         asked=asked,
         found=found,
         adapters=adapters,
-        sizes=SIZES,
+        sizes=sorted({*SIZES, asked.limit}),
         tagged=visit.query.number("tagged", 0, range(_MOST_TAGGED + 1)),
         is_part=is_part,
     )

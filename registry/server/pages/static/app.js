@@ -54,6 +54,11 @@
   // What went wrong before is over once something new is asked for.
   document.addEventListener("htmx:beforeRequest", () => { const place = document.getElementById("problem"); if (place) place.textContent = ""; });
 
+  // Of several steps back and forth only the last is shown, whichever is answered first. What has an error is loaded as a page of its own.
+  let step;
+  document.addEventListener("htmx:historyCacheMiss", (event) => { step?.abort(); step = event.detail.xhr; });
+  document.addEventListener("htmx:historyCacheMissLoadError", () => location.reload());
+
   const menu = document.getElementById("menu");
   const wide = matchMedia("(min-width: 60rem)");
   const fit = () => { if (menu) menu.open = wide.matches; };

@@ -21,7 +21,7 @@
     const { ctx, bbox } = plot, ratio = devicePixelRatio;
     ctx.save();
     ctx.beginPath();
-    ctx.rect(bbox.left, bbox.top - 18 * ratio, bbox.width, bbox.height + 18 * ratio);
+    ctx.rect(bbox.left - 8 * ratio, bbox.top - 18 * ratio, bbox.width + 16 * ratio, bbox.height + 18 * ratio);  // with room for a best point at an edge
     ctx.clip();
     ctx.font = `${11 * ratio}px ${style("--sans")}`;
     ctx.textBaseline = "top"; ctx.textAlign = "left";
@@ -43,7 +43,8 @@
       ctx.fillStyle = style("--surface"); ctx.globalAlpha = 0.85; ctx.fillRect(left, top - ratio, width, 14 * ratio);
       ctx.globalAlpha = 1; ctx.fillStyle = colour; ctx.fillText(mark.label, left + 4 * ratio, top);
     }
-    if (data.best) {
+    const { min, max } = plot.scales.x;
+    if (data.best && data.best.x >= min && data.best.x <= max) {
       const x = plot.valToPos(data.best.x, "x", true), y = plot.valToPos(data.best.y, "y", true);
       ctx.setLineDash([]);
       ctx.beginPath(); ctx.arc(x, y, 6 * ratio, 0, 2 * Math.PI);
@@ -53,6 +54,9 @@
     ctx.restore();
   };
 
+  // Of a logarithmic axis: beginning at a round number, as that is written beside it.
+  const around = (low, high) => { const unit = 10 ** Math.floor(Math.log10(low / 1.1)); return [Math.floor(low / 1.1 / unit) * unit, high * 1.1]; };
+
   const options = (data, place, isLog, refs, zoomed) => {
     const ink = style("--muted"), line = style("--line"), font = `12px ${style("--sans")}`;
     const axis = { stroke: ink, font, grid: { stroke: line, width: 1 }, ticks: { stroke: line, width: 1 } };
@@ -60,8 +64,8 @@
     return {
       width: place.clientWidth,
       height: Math.max(260, Math.min(420, place.clientWidth * 0.42)),
-      scales: { x: { time: false }, y: { distr: isLog ? 3 : 1, range: isLog ? undefined : (_, low, high) => { const pad = (high - low || Math.abs(high) || 1) * 0.08; return [low - pad, high + pad]; } } },
-      axes: [{ ...axis, values: (_, ticks) => ticks.map((each) => (each == null ? "" : each.toLocaleString("en"))) }, { ...axis, size: 64, values: (_, ticks) => ticks.map((each) => (each == null ? "" : short(each))) }],
+      scales: { x: { time: false }, y: { distr: isLog ? 3 : 1, range: isLog ? (_, low, high) => around(low, high) : (_, low, high) => { const pad = (high - low || Math.abs(high) || 1) * 0.08; return [low - pad, high + pad]; } } },
+      axes: [{ ...axis, space: (_, __, low, high) => 20 + 7 * Math.round(high).toLocaleString("en").length, values: (_, ticks) => ticks.map((each) => (each == null ? "" : each.toLocaleString("en"))) }, { ...axis, size: 64, values: (_, ticks) => ticks.map((each) => (each == null ? "" : short(each))) }],
       cursor: { drag: { x: true, y: false }, focus: { prox: most > 3000 ? -1 : 24 }, points: { size: 8 } },
       focus: { alpha: 0.35 },  // draws all anew whenever another curve is nearest: not for long ones
       legend: { markers: { width: 3 } },

@@ -1,19 +1,31 @@
-// The list of checkpoints: what is chosen, short addresses, and tags in a dialog. Without it forms and links do the same.
+// The list of checkpoints: what is chosen, on this page of it and on others, short addresses, and tags in a dialog. Without it forms and links do
+// the same, for one page of the list.
 "use strict";
 (() => {
-  const buttons = () => document.querySelectorAll("#chosen button[data-from]");
+  const chosen = new Set();
+  const boxes = () => [...document.querySelectorAll("input[type=checkbox][name=ref]")];
   const count = () => {
-    const chosen = document.querySelectorAll("input[name=ref][form=chosen]:checked").length;
-    const place = document.querySelector("#chosen [data-count]");
-    if (place) { place.hidden = !chosen; place.textContent = `${chosen} chosen`; }
-    buttons().forEach((each) => { each.disabled = chosen < Number(each.dataset.from) || chosen > Number(each.dataset.to); });
+    const form = document.getElementById("chosen");
+    if (!form) return;
+    const shown = boxes(), here = shown.filter((each) => each.checked).length, elsewhere = chosen.size - here;
+    const place = form.querySelector("[data-count]");
+    place.hidden = !chosen.size;
+    place.textContent = `${chosen.size} chosen${elsewhere ? `, ${elsewhere} of them not on this page` : ""}`;
+    form.querySelector("[data-none]").hidden = !chosen.size;
+    form.querySelectorAll("button[data-from]").forEach((each) => { each.disabled = chosen.size < Number(each.dataset.from) || chosen.size > Number(each.dataset.to); });
     const all = document.querySelector("input[data-all]");
-    const boxes = document.querySelectorAll("input[name=ref][form=chosen]").length;
-    if (all) { all.checked = chosen > 0 && chosen === boxes; all.indeterminate = chosen > 0 && chosen < boxes; }
+    all.checked = here > 0 && here === shown.length;
+    all.indeterminate = here > 0 && here < shown.length;
+    // what was chosen on other pages goes along with the form
+    form.querySelectorAll("input[type=hidden]").forEach((each) => each.remove());
+    const own = new Set(shown.map((each) => each.value));
+    chosen.forEach((ref) => { if (!own.has(ref)) form.append(Object.assign(document.createElement("input"), { type: "hidden", name: "ref", value: ref })); });
   };
+  const note = (box) => { if (box.checked) chosen.add(box.value); else chosen.delete(box.value); };
+  const restore = () => { boxes().forEach((each) => { each.checked = chosen.has(each.value); }); count(); };
   const dialog = () => document.getElementById("tagging");
 
-  document.addEventListener("change", (event) => { if (event.target.matches?.("input[name=ref]")) queueMicrotask(count); });
+  document.addEventListener("change", (event) => { if (event.target.matches?.("input[type=checkbox][name=ref]")) { note(event.target); queueMicrotask(count); } });
 
   // Fields that say nothing stay out of the address; that no column is wanted is said by an empty metric.
   document.addEventListener("htmx:configRequest", (event) => {
@@ -32,10 +44,14 @@
       if (!dialog().open) dialog().showModal();
     } else if (document.getElementById("choice")) {
       document.getElementById("choice").open = isOpen;
+      restore();
+      // whoever went on to the next page is at its beginning, not at a link that is gone
+      if (document.activeElement === document.body) document.querySelector("#list .scroll")?.focus({ preventScroll: true });
     }
-    count();
   });
+  document.addEventListener("htmx:historyRestore", restore);
   document.addEventListener("click", (event) => {
+    if (event.target.closest("[data-none]")) { chosen.clear(); restore(); document.querySelector("input[data-all]").focus(); }
     const choice = document.getElementById("choice");
     if (choice?.open && !choice.contains(event.target)) choice.open = false;
     if (event.target.closest("[data-close-tagging]") && dialog()?.open) { event.preventDefault(); dialog().close(); }
@@ -54,5 +70,6 @@
     url.searchParams.delete("tagged");
     history.replaceState(history.state, "", url);
   }
+  boxes().forEach(note);
   count();
 })();
