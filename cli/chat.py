@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as json_module
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -15,7 +14,7 @@ from cli import output
 from cli.errors import explain
 from cli.options import Json, flag
 from registry import connect
-from registry.errors import InvalidInput, PathNotFound, RegistryError
+from registry.errors import InvalidInput, RegistryError
 
 if TYPE_CHECKING:
     from registry.inference.conversation import Conversation
@@ -56,15 +55,17 @@ def generate(
     json: Json = False,
 ) -> None:
     """Print what a checkpoint answers, or how it goes on from a text."""
-    asked = [prompt] if prompt else _prompts(prompts) if prompts else [] if sys.stdin.isatty() else [sys.stdin.read()]
-    if not asked or not asked[0].strip():
+    from registry.trying import read_prompts  # noqa: PLC0415 - the help need not wait for it
+
+    asked = _asked(prompt) if prompts is None or prompt else read_prompts(prompts)
+    if not any(text.strip() for text in asked):
         raise InvalidInput("prompt", "", "say --prompt TEXT or --prompts FILE, or write it to stdin")
     with connect() as registry:
         talk = _open(registry, ref, _Wanted(merged, system, max_tokens, temperature, top_p, seed, device, dtype))
         for text in asked:
-            pieces = _raw(talk, text) if raw else talk.ask(text)
+            pieces = talk.go_on(text) if raw else talk.ask(text)
             if json:
-                output.print_json({"prompt": text, "by": talk.speaker.name, "text": "".join(pieces)})
+                output.print_json_line({"prompt": text, "by": talk.speaker.name, "text": "".join(pieces)})
             else:
                 output.stream(pieces)
             talk.messages.clear()
@@ -83,7 +84,7 @@ class _Wanted:
 
 
 def _open(registry: Any, ref: str, wanted: _Wanted) -> Conversation:
-    from registry.inference import Device as Place  # noqa: PLC0415 - the help need not wait for it
+    from registry.inference import Device as Place  # noqa: PLC0415
     from registry.inference import LoadedDType, Sampling  # noqa: PLC0415
     from registry.inference.conversation import Conversation, find_speaker  # noqa: PLC0415
 
@@ -102,26 +103,9 @@ def _open(registry: Any, ref: str, wanted: _Wanted) -> Conversation:
     return talk
 
 
-def _raw(talk: Conversation, text: str) -> Iterator[str]:
-    runner = talk.runner_for(talk.speaker)
-    return runner.generate(runner.encode(text), talk.sampling)
-
-
-def _prompts(path: Path) -> list[str]:
-    """Prompts of a file: JSON lines with `prompt`, else each line that says something."""
-    try:
-        lines = [line for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise PathNotFound(str(path)) from error
-    if path.suffix not in (".jsonl", ".ndjson"):
-        return lines
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            found.append(str(json_module.loads(line)["prompt"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise InvalidInput(f"{path} line {number}", line[:80], "expected a JSON object with 'prompt'") from error
-    return found
+def _asked(prompt: str) -> tuple[str, ...]:
+    """What was said, or else comes on stdin, unless somebody would have to type it."""
+    return (prompt,) if prompt or sys.stdin.isatty() else (sys.stdin.read(),)
 
 
 def chat(
@@ -170,7 +154,10 @@ class _Chat:
 
     def _answer(self, line: str) -> None:
         if self._second is None:
+            turns = len(self._talk.messages)
             output.stream(self._talk.ask(line))
+            if len(self._talk.messages) == turns:
+                output.say(f"{output.plain(self._talk.speaker.name)} says nothing")
             return
         other = "".join(self._talk.ask_another(line, self._second))
         mine = "".join(self._talk.ask(line))
@@ -202,5 +189,5 @@ class _Chat:
         try:
             path.write_text("".join(f"{line}\n" for line in lines))
         except OSError as error:
-            raise InvalidInput("/save", str(path), str(error)) from error
+            raise InvalidInput("/save", str(path), error.strerror or str(error)) from error
         output.say(f"wrote {len(lines)} turns to {output.plain(str(path))}")

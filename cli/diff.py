@@ -97,6 +97,8 @@ def _metric(pair: MetricPair) -> list[str]:
     one, other = (("" if value is None else output.number(value)) for value in (pair.one, pair.other))
     if pair.one is None or pair.other is None:
         return [pair.name, one, other, ""]
+    if not pair.is_like:
+        return [pair.name, one, other, "measured on other data"]
     verdict = {True: " better", False: " worse", None: ""}[pair.is_better]
     return [pair.name, one, other, f"{pair.other - pair.one:+.4g}{verdict}"]
 

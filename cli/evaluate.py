@@ -69,7 +69,11 @@ def evaluate(
     with connect() as registry:
         found = [registry.resolve(ref) for ref in refs or ()] or _of(registry, run, adapter)
         if command:
-            measured: Iterator[Any] = _by_program(registry, found, command, name, timeout, dry_run=dry_run)
+            if all_missing and not name:
+                raise InvalidInput("--name", "", "say it, so that it can be told what was measured before")
+            measured: Iterator[Any] = _by_program(
+                registry, found, (command, name, timeout), again=again or not all_missing, dry_run=dry_run
+            )
         else:
             wanted = _wanted(cast("Path", data), metric or ["loss"], name, limit, batch_size, device, dtype)
             measured = _by_model(registry, found, wanted, again=again, dry_run=dry_run)
@@ -82,7 +86,7 @@ def evaluate(
             ]
         )
     else:
-        _print(rows)
+        _print(rows, "to be measured" if dry_run else "")
 
 
 _Row = tuple[str, tuple[Metric, ...], bool]
@@ -128,21 +132,25 @@ def _by_model(
 
 
 def _by_program(
-    registry: Any, found: list[Checkpoint], command: str, name: str, timeout: float, *, dry_run: bool
+    registry: Any, found: list[Checkpoint], said: tuple[str, str, float], *, again: bool, dry_run: bool
 ) -> Iterator[_Row]:
-    from registry.evaluation_programs import Program, run_program  # noqa: PLC0415
+    from registry.evaluation_programs import Program, known_numbers, run_program  # noqa: PLC0415
 
+    command, name, timeout = said
     program = Program(command=command, name=name, timeout_seconds=timeout)
-    for each in found:
-        yield each.ref, () if dry_run else run_program(registry, each, program), False
+    with output.progress(unit="checkpoints") as progress:
+        for each in found:
+            known = () if again else known_numbers(each, program)
+            yield each.ref, known if known or dry_run else run_program(registry, each, program), bool(known)
+            progress("measuring", 1, len(found))
 
 
-def _print(rows: list[_Row]) -> None:
+def _print(rows: list[_Row], otherwise: str) -> None:
     names = list(dict.fromkeys(metric.name for _, metrics, _ in rows for metric in metrics))
     cells = []
     for ref, metrics, is_known in rows:
         values = {metric.name: output.number(metric.value) for metric in metrics}
-        cells.append([ref, *(values.get(name, "") for name in names), "known" if is_known else ""])
+        cells.append([ref, *(values.get(name, "") for name in names), "known" if is_known else otherwise])
     output.print_table(["checkpoint", *names, ""], cells, right=names)
 
 
@@ -168,12 +176,12 @@ def metric_import(
     if source and source not in SOURCES:
         raise InvalidInput("--from", source, f"expected {', '.join(SOURCES)}")
     CheckpointRef.parse(ref)
-    found = [
-        replace(metric, name=f"{name}/{metric.name}" if name else metric.name)
-        for metric in read_results(path, cast("Any", source or None))
-    ]
     with connect() as registry:
         checkpoint = registry.resolve(ref)
+        found = [
+            replace(metric, name=f"{name}/{metric.name}" if name else metric.name)
+            for metric in read_results(path, cast("Any", source or None), checkpoint.step)
+        ]
         registry.add_metrics(checkpoint, found)
     if json:
         output.print_json([to_json(each) for each in found])

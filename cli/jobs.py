@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -166,13 +168,14 @@ def worker(
     with Registry(Settings.from_environment(os.environ)) as registry:
         names = tuple(name.strip() for name in queues.split(",") if name.strip())
         found = Worker(registry, concurrency=concurrency, queues=names, grace_seconds=grace, pace=pace)
-        _log_to_stderr()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: found.stop())
-        found.run()
+        with _log_on_stderr():
+            found.run()
 
 
-def _log_to_stderr() -> None:
+@contextmanager
+def _log_on_stderr() -> Iterator[None]:
     """One line an event: time, level, worker, job, message."""
     from registry.jobs import worker_name  # noqa: PLC0415 - loaded with the worker
 
@@ -184,5 +187,12 @@ def _log_to_stderr() -> None:
     form.converter = time.gmtime
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(form)
-    logging.getLogger().addHandler(handler)  # what libraries warn of, too
-    logging.getLogger("ckpt").setLevel(logging.INFO)
+    everything, own = logging.getLogger(), logging.getLogger("ckpt")
+    level = own.level
+    everything.addHandler(handler)  # what libraries warn of, too
+    own.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        everything.removeHandler(handler)
+        own.setLevel(level)

@@ -24,6 +24,10 @@ _WIDTH_WITHOUT_TERMINAL = 500
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
+# Notes, names and what a model says come from others: what would steer the terminal is shown instead (`ESC` as `␛`), one sign for one.
+_SHOWN = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
+_SHOWN |= dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
+
 
 def _console(stream: Any, *, stderr: bool = False) -> Console:
     width = None if stream.isatty() else _WIDTH_WITHOUT_TERMINAL
@@ -42,7 +46,7 @@ def talk_console() -> Console:
 
 def say(message: str) -> None:
     """Tell the user something; markup of rich is interpreted, so escape what comes from outside."""
-    talk_console().print(message, soft_wrap=True)
+    talk_console().print(message.translate(_SHOWN), soft_wrap=True)
 
 
 def say_error(message: str, hint: str) -> None:
@@ -53,13 +57,28 @@ def say_error(message: str, hint: str) -> None:
 
 
 def print_line(text: str) -> None:
-    """One line of data, as it is."""
-    sys.stdout.write(f"{text}\n")
+    """One line of data, as it is where a program reads it."""
+    sys.stdout.write(f"{_for_stdout(text)}\n")
+
+
+def _for_stdout(text: str) -> str:
+    return text.translate(_SHOWN) if sys.stdout.isatty() else text
+
+
+def _cell(content: str | Text) -> Text:
+    cell = Text(content) if isinstance(content, str) else content
+    cell.plain = cell.plain.translate(_SHOWN)
+    return cell
 
 
 def print_json(value: object) -> None:
     """Data for programs: NaN and infinities, which JSON lacks, become null."""
     sys.stdout.write(json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def print_json_line(value: object) -> None:
+    """The same in one line: what comes one after the other."""
+    sys.stdout.write(json.dumps(_plain(value), ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:
@@ -83,7 +102,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]], *,
         kept_whole = index == 0 or name in right
         table.add_column(name, justify="right" if name in right else "left", no_wrap=kept_whole, overflow="fold")
     for row in rows:
-        table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
+        table.add_row(*map(_cell, row))
     data_console().print(table)
 
 
@@ -94,18 +113,21 @@ def print_facts(facts: Mapping[str, str | Text]) -> None:
     table.add_column(overflow="fold")
     for name, value in facts.items():
         if value:
-            table.add_row(name, value if isinstance(value, Text) else Text(value))
+            table.add_row(name, _cell(value))
     data_console().print(table)
 
 
 def stream(pieces: Iterable[str]) -> None:
-    """Text as it comes, as one line of data or several; what is written so far is seen at once."""
+    """Text as it comes, as one line of data or several; what is written so far is seen at once. What fails before it begins leaves no line."""
+    end = ""
     try:
         for piece in pieces:
-            sys.stdout.write(piece)
+            end = "\n"
+            sys.stdout.write(_for_stdout(piece))
             sys.stdout.flush()
+        end = "\n"
     finally:
-        sys.stdout.write("\n")
+        sys.stdout.write(end)
         sys.stdout.flush()
 
 
@@ -114,7 +136,7 @@ def print_side_by_side(texts: Mapping[str, str]) -> None:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold", expand=sys.stdout.isatty())
     for name in texts:
         table.add_column(Text(name), overflow="fold", ratio=1)
-    table.add_row(*map(Text, texts.values()))
+    table.add_row(*map(_cell, texts.values()))
     data_console().print(table)
 
 
@@ -140,7 +162,7 @@ def lines_typed(prompt: str) -> Iterator[str]:
 
 def print_heading(text: str) -> None:
     """A heading between parts of the data."""
-    data_console().print(f"\n[bold]{escape(text)}[/bold]")
+    data_console().print(f"\n[bold]{escape(text.translate(_SHOWN))}[/bold]")
 
 
 @contextmanager

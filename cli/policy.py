@@ -9,12 +9,13 @@ import typer
 from cli import output
 from cli.options import Json, flag
 from registry import connect
-from registry.errors import BelowPolicy, InvalidInput
+from registry.errors import InvalidInput
 from registry.manifest import to_json
 from registry.policies import Advice, Judged, Selection
 from registry.retention import Retained
 
 _MOST_PASSED_OVER = 20
+_REFUSED = 4  # of cli.errors.EXIT_CODES
 
 policy_app = typer.Typer(no_args_is_help=True, help="What makes a checkpoint of an adapter good enough.")
 Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="The adapter.")]
@@ -33,7 +34,7 @@ def policy_set(
     """Set the policy of an adapter: what is best, what is needed, when to stop, and which environments it guards."""
     with connect() as registry:
         before = registry.set_policy(adapter, text)
-    output.print_line(f"set the policy of {adapter}" + (f", before: {output.plain(before.text)}" if before else ""))
+    output.print_line(f"set the policy of {adapter}" + (f", before: {before.text}" if before else ""))
 
 
 @policy_app.command("show")
@@ -44,7 +45,7 @@ def policy_show(adapter: Adapter, json: Json = False) -> None:
     if json:
         output.print_json(to_json(found))
     else:
-        output.print_line(output.plain(found.text))
+        output.print_line(found.text)
         output.say(f"set by {output.plain(found.author)}, {found.set_at:%Y-%m-%d %H:%M} UTC")
 
 
@@ -57,7 +58,7 @@ def policy_list(json: Json = False) -> None:
         output.print_json([to_json(each) for each in found])
         return
     for each in found:
-        output.print_line(f"{each.adapter}: {output.plain(each.text)}")
+        output.print_line(f"{each.adapter}: {each.text}")
     if not found:
         output.say('no policy yet: `ckpt policy set ADAPTER "eval_loss min, accuracy >= 0.8"`')
 
@@ -67,7 +68,7 @@ def policy_rm(adapter: Adapter) -> None:
     """Take the policy of an adapter away."""
     with connect() as registry:
         before = registry.remove_policy(adapter)
-    output.print_line(f"removed the policy of {adapter}: {output.plain(before.text)}")
+    output.print_line(f"removed the policy of {adapter}: {before.text}")
 
 
 def select(
@@ -86,7 +87,8 @@ def select(
     else:
         _print_selection(found)
     if found.chosen is None:
-        raise BelowPolicy(adapter, "anything", ["no checkpoint meets every condition"])
+        output.say_error(f"no checkpoint of {adapter} meets every condition", "--policy judges by another one")
+        raise typer.Exit(_REFUSED)
     if alias:
         output.say(f"{adapter}@{alias} is {found.chosen.checkpoint.ref}")
 

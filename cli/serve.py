@@ -41,7 +41,9 @@ def serve(
         )
     named = server.hosts_from(os.environ.get("CKPT_ALLOWED_HOSTS", ""))
     listening = server.Listening(host=host, hosts=(*(allow_host or ()), *named), needs_none=no_auth)
-    for line in (*server.check_start(settings), *server.advice(settings, listening)):
+    lines = (*server.check_start(settings), *server.advice(settings, listening))
+    server.check_address(host, port)
+    for line in lines:
         output.say(line)
     output.say(f"serving on http://{f'[{host}]' if ':' in host else host}:{port}, described at /docs; Ctrl-C stops it")
     server.serve(server.create_app(settings, listening), host, port)

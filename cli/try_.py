@@ -11,7 +11,6 @@ from cli import output
 from cli.chat import Device, DType
 from cli.options import Json, Ref, flag
 from registry import connect
-from registry.errors import InvalidInput
 from registry.manifest import to_json
 
 if TYPE_CHECKING:
@@ -60,10 +59,6 @@ def try_(
 def _wanted(prompts: Path | None, max_tokens: int, device: str, dtype: str) -> Trying:
     from registry.trying import PROMPTS, Trying, read_prompts  # noqa: PLC0415
 
-    if device not in ("auto", "cpu", "cuda", "mps"):
-        raise InvalidInput("--device", device, "expected auto, cpu, cuda or mps")
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise InvalidInput("--dtype", dtype, "expected auto, float32, bfloat16 or float16")
     given: Any = {"device": device, "dtype": dtype}
     return Trying(prompts=read_prompts(prompts) if prompts else PROMPTS, max_tokens=max_tokens, **given)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,11 +52,12 @@ def watch(
         box = Outbox(registry.settings.home)
         watched, sending = Watch(folder, box, said, registry.settings.home, settle), _Sending(box, registry, json)
         output.say(f"watching {output.plain(str(folder))}" + ("" if once else "; Ctrl-C ends it"))
+        is_all_read = True
         for _ in _ticks(folder, watched, once=once):
-            _take(watched, json=json)
+            is_all_read &= _take(watched, json=json)
             is_all_sent = sending.send()
             if once and not watched.is_waiting:
-                raise typer.Exit(0 if is_all_sent else 1)
+                raise typer.Exit(0 if is_all_read and is_all_sent else 1)
 
 
 def _ticks(folder: Path, watched: Watch, *, once: bool) -> Iterator[None]:
@@ -77,19 +77,22 @@ def _ticks(folder: Path, watched: Watch, *, once: bool) -> Iterator[None]:
         yield
 
 
-def _take(watched: Watch, *, json: bool) -> None:
+def _take(watched: Watch, *, json: bool) -> bool:
+    """Take what is complete; tells whether all of it could be read."""
+    is_all_read = True
     for taken in watched.look():
         for each in taken.dropped:
             if json:
-                _line({"dropped": each.said.source, "step": each.said.step})
+                output.print_json_line({"dropped": each.said.source, "step": each.said.step})
             else:
-                output.say(f"the outbox is full: {each.said.adapter} step {each.said.step} is dropped")
+                output.say(f"the outbox is full: {_named(each.said.adapter, each.said.step)} is dropped")
         if taken.problem is not None:
-            found = explain(taken.problem)
+            is_all_read, why = False, explain(taken.problem).message
             if json:
-                _line({"folder": str(taken.folder), "problem": found.message})
+                output.print_json_line({"folder": str(taken.folder), "problem": why})
             else:
-                output.say(f"{output.plain(str(taken.folder))} is left: {output.plain(found.message)}")
+                output.say(f"{output.plain(str(taken.folder))} is left: {output.plain(why)}")
+    return is_all_read
 
 
 @dataclass(slots=True)
@@ -109,26 +112,29 @@ class _Sending:
         is_all_sent = True
         for done in self.box.send(self.registry):
             is_all_sent &= not isinstance(done, tuple)
-            self._tell(done)
+            if not (isinstance(done, tuple) and done[0].problem == explain(done[1]).message):  # said once
+                _tell(done, json=self.json)
         self.pause = 1.0 if is_all_sent else min(2 * self.pause, _LONGEST_WAIT)
         self.until = 0.0 if is_all_sent else time.monotonic() + self.pause
         return is_all_sent
 
-    def _tell(self, done: Registered | tuple[Waiting, RegistryError]) -> None:
-        if isinstance(done, tuple):
-            waiting, error = done
-            why = explain(error).message
-            if waiting.problem != why:  # said once
-                output.say(f"{waiting.said.adapter} step {waiting.said.step} waits: {output.plain(why)}")
-        elif self.json:
-            _line({"checkpoint": done.checkpoint.ref, "step": done.checkpoint.step, "created": done.created})
-        else:
-            step = "" if done.checkpoint.step is None else f", step {done.checkpoint.step}"
-            output.print_line(f"{'registered' if done.created else 'known'} {done.checkpoint.ref}{step}")
+
+def _tell(done: Registered | tuple[Waiting, RegistryError], *, json: bool) -> None:
+    """One that is registered now, or why it waits."""
+    if isinstance(done, tuple):
+        waiting, error = done
+        named = _named(waiting.said.adapter, waiting.said.step)
+        output.say(f"{named} waits: {output.plain(explain(error).message)}")
+    elif json:
+        known = done.checkpoint
+        output.print_json_line({"checkpoint": known.ref, "step": known.step, "created": done.created})
+    else:
+        named = _named(done.checkpoint.ref, done.checkpoint.step)
+        output.print_line(f"{'registered' if done.created else 'known'} {named}")
 
 
-def _line(document: object) -> None:
-    output.print_line(json_module.dumps(document))
+def _named(name: str, step: int | None) -> str:
+    return name if step is None else f"{name}, step {step}"
 
 
 @outbox_app.command("list")
@@ -167,13 +173,7 @@ def outbox_send(json: Json = False) -> None:
         for done in Outbox(registry.settings.home).send(registry):
             if isinstance(done, tuple):
                 failed = done[1]
-                output.say(
-                    f"{done[0].said.adapter} step {done[0].said.step} waits: {output.plain(explain(failed).message)}"
-                )
-            elif json:
-                _line({"checkpoint": done.checkpoint.ref, "created": done.created})
-            else:
-                output.print_line(f"{'registered' if done.created else 'known'} {done.checkpoint.ref}")
+            _tell(done, json=json)
     if failed is not None:
         raise failed
 

@@ -15,7 +15,7 @@ from registry.errors import Changed, Conflict
 from registry.formats import Adapter, read_adapter, resolve
 from registry.locations import Location
 from registry.manifest import BaseModel, Checkpoint, Direction, Level
-from registry.selection import declared_direction
+from registry.selection import declared_direction, is_measured_alike
 from registry.united import without_copies
 from registry.workspace import Progress, Workspace, silent
 
@@ -49,17 +49,22 @@ class Field:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricPair:
-    """A metric's last value on either side, None where there is none. `direction` is the better one, None where nobody says."""
+    """A metric's last value on either side, None where there is none. `direction` is the better one, None where nobody says. `is_like` is False
+    where they were measured on different data: neither is better then.
+    """
 
     name: str
     one: float | None
     other: float | None
     direction: Direction | None
+    is_like: bool = True
 
     @property
     def is_better(self) -> bool | None:
         """Whether the other is better than the one; None where that is not known, or neither is."""
-        if self.one is None or self.other is None or self.direction is None or self.one == self.other:
+        if not self.is_like or self.one is None or self.other is None:
+            return None
+        if self.direction is None or self.one == self.other:
             return None
         if math.isnan(self.one) or math.isnan(self.other):
             return None
@@ -234,7 +239,11 @@ def _metrics(one: Checkpoint, other: Checkpoint) -> list[MetricPair]:
     names = dict.fromkeys(metric.name for checkpoint in (one, other) for metric in checkpoint.metrics)
     return [
         MetricPair(
-            name=name, one=one.metric(name), other=other.metric(name), direction=declared_direction(name, (one, other))
+            name=name,
+            one=one.metric(name),
+            other=other.metric(name),
+            direction=declared_direction(name, (one, other)),
+            is_like=is_measured_alike(name, (one, other)),
         )
         for name in names
     ]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, final
 
 from registry.errors import InvalidInput
 from registry.evaluation_data import Choice, Completion, Dialogue, EvaluationData, Example, Text
-from registry.inference import Device, LoadedDType, Runner, Sampling, open_runner
+from registry.inference import Device, LoadedDType, Runner, Sampling, check_place, open_runner
 from registry.manifest import Checkpoint, Direction, Metric
 from registry.progress import Progress, silent
 
@@ -34,7 +34,11 @@ _ANSWER_TOKENS = 32  # more than the right answer has, so that a longer one is s
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """What to measure and how. `name` begins the names of the metrics: `hard/loss`."""
+    """What to measure and how. `name` begins the names of the metrics: `hard/loss`.
+
+    Raises:
+        InvalidInput: no such device or dtype.
+    """
 
     data: EvaluationData
     metrics: tuple[MetricKind, ...] = ("loss",)
@@ -42,6 +46,9 @@ class Evaluation:
     batch_size: int = 8
     device: Device = "auto"
     dtype: LoadedDType = "auto"
+
+    def __post_init__(self) -> None:
+        check_place(self.device, self.dtype)
 
     def name_of(self, kind: MetricKind) -> str:
         """What a metric is recorded as."""
@@ -85,6 +92,7 @@ def evaluate(
         bases.setdefault(checkpoint.base.hex, []).append(checkpoint)
     for base, found in bases.items():
         runner: Runner | None = None
+        tokens = Tokens(wanted.data.path)
         for checkpoint in found:
             known = () if again else known_metrics(checkpoint, wanted)
             if len(known) == len(wanted.metrics):
@@ -92,7 +100,8 @@ def evaluate(
                 continue
             runner = runner or open_runner(registry, registry.base(base), device=wanted.device, dtype=wanted.dtype)
             runner.use(checkpoint)
-            metrics = measure(runner, wanted, checkpoint, _telling(progress, checkpoint, len(wanted.data.examples)))
+            advance = _telling(progress, checkpoint, len(wanted.data.examples))
+            metrics = measure(runner, wanted, checkpoint, tokens, advance=advance)
             registry.add_metrics(checkpoint, metrics)
             yield Evaluated(checkpoint=checkpoint, metrics=metrics)
 
@@ -122,7 +131,12 @@ def check_kinds(wanted: Evaluation) -> None:
 
 
 def measure(
-    runner: Runner, wanted: Evaluation, checkpoint: Checkpoint, advance: Callable[[int], None] = lambda done: None
+    runner: Runner,
+    wanted: Evaluation,
+    checkpoint: Checkpoint,
+    tokens: Tokens | None = None,
+    *,
+    advance: Callable[[int], None] = lambda done: None,
 ) -> tuple[Metric, ...]:
     """Measure whoever answers now.
 
@@ -130,14 +144,15 @@ def measure(
         runner: the model.
         wanted: what to measure.
         checkpoint: whose step the metrics get.
+        tokens: the examples as those before have left them.
         advance: told of the examples that are done.
     """
-    totals = _Totals()
+    totals, tokens = _Totals(), tokens or Tokens(wanted.data.path)
     scored = [each for kind, each in (("loss", _score), ("exact_match", _write)) if _needs(wanted, kind)]
     for start in range(0, len(wanted.data.examples), wanted.batch_size):
         part = wanted.data.examples[start : start + wanted.batch_size]
         for measure_part in scored:
-            measure_part(runner, wanted.data.path, part, totals)
+            measure_part(runner, tokens, part, totals)
         advance(len(part))
     values = totals.values()
     return tuple(
@@ -189,12 +204,75 @@ class _Scored:
     counts: tuple[bool, ...]
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Tokens to go on from, what should come, and for how many tokens it is waited."""
+
+    ids: tuple[int, ...]
+    wanted: str
+    sampling: Sampling
+
+
 _Lines = Sequence[tuple[int, Example]]
 
 
-def _score(runner: Runner, path: str, part: _Lines, totals: _Totals) -> None:
+@final
+@dataclass(slots=True)
+class Tokens:
+    """Examples as tokens: made for the first checkpoint, and kept for those after it that are spoken to in the same way.
+
+    Args:
+        path: of the data, for errors.
+    """
+
+    path: str
+    _speaker: str = ""
+    _scored: dict[int, list[_Scored]] = field(default_factory=dict)
+    _asked: dict[int, _Asked] = field(default_factory=dict)
+
+    def scored(self, runner: Runner, number: int, example: Example) -> list[_Scored]:
+        """What is to be scored of an example: of a choice, each with its prompt.
+
+        Raises:
+            InvalidInput: it is too short or too long.
+        """
+        self._speak_as(runner)
+        if number not in self._scored:
+            found = _texts(runner, self.path, number, example)
+            for each in found:
+                self._check_length(runner, number, len(each.ids))
+            self._scored[number] = found
+        return self._scored[number]
+
+    def asked(self, runner: Runner, number: int, example: Completion | Dialogue) -> _Asked:
+        """What the model is to answer, and what with.
+
+        Raises:
+            InvalidInput: it is too long.
+        """
+        self._speak_as(runner)
+        if number not in self._asked:
+            found = _question(runner, example)
+            self._check_length(runner, number, len(found.ids))
+            self._asked[number] = found
+        return self._asked[number]
+
+    def _speak_as(self, runner: Runner) -> None:
+        if self._speaker != runner.speaker:
+            self._scored.clear()
+            self._asked.clear()
+            self._speaker = runner.speaker
+
+    def _check_length(self, runner: Runner, number: int, count: int) -> None:
+        if runner.context_tokens is not None and count > runner.context_tokens:
+            reason = f"{runner.base.name} takes {runner.context_tokens} at most"
+            raise InvalidInput(f"{self.path} line {number}", f"{count} tokens", reason)
+
+
+def _score(runner: Runner, tokens: Tokens, part: _Lines, totals: _Totals) -> None:
     """Add what the tokens of some examples tell."""
-    texts = [(number, example, text) for number, example in part for text in _texts(runner, path, number, example)]
+    texts = [(number, example, text) for number, example in part for text in tokens.scored(runner, number, example)]
     found = runner.scores([text.ids for _, _, text in texts])
     sums: dict[int, list[float]] = {}
     for (number, example, text), scores in zip(texts, found, strict=True):
@@ -214,7 +292,6 @@ def _score(runner: Runner, path: str, part: _Lines, totals: _Totals) -> None:
 
 
 def _texts(runner: Runner, path: str, number: int, example: Example) -> list[_Scored]:
-    """What is to be scored of an example: of a choice, each with its prompt."""
     if isinstance(example, Text):
         return [_joined(path, number, [], runner.encode(example.text), counts_all=True)]
     if isinstance(example, Completion):
@@ -247,19 +324,21 @@ def _dialogue(runner: Runner, path: str, number: int, example: Dialogue) -> _Sco
     return _Scored(tuple(whole), tuple(counts))
 
 
-def _write(runner: Runner, path: str, part: _Lines, totals: _Totals) -> None:
+def _write(runner: Runner, tokens: Tokens, part: _Lines, totals: _Totals) -> None:
     """Have the model write what should be there, and compare."""
-    del path
-    for _, example in part:
-        if isinstance(example, Completion):
-            ids, wanted = runner.encode(example.prompt), example.completion
-        elif isinstance(example, Dialogue):
-            ids, wanted = runner.prompt(example.messages[:-1]), example.messages[-1].content
-        else:
-            continue
-        sampling = Sampling(max_tokens=len(runner.encode(wanted)) + _ANSWER_TOKENS)
-        totals.to_write += 1
-        totals.written += _is_written(runner.generate(ids, sampling), wanted)
+    for number, example in part:
+        if isinstance(example, (Completion, Dialogue)):
+            asked = tokens.asked(runner, number, example)
+            totals.to_write += 1
+            totals.written += _is_written(runner.generate(asked.ids, asked.sampling), asked.wanted)
+
+
+def _question(runner: Runner, example: Completion | Dialogue) -> _Asked:
+    if isinstance(example, Completion):
+        ids, wanted = runner.encode(example.prompt), example.completion
+    else:
+        ids, wanted = runner.prompt(example.messages[:-1]), example.messages[-1].content
+    return _Asked(tuple(ids), wanted, Sampling(max_tokens=len(runner.encode(wanted)) + _ANSWER_TOKENS))
 
 
 def _is_written(pieces: Iterator[str], wanted: str) -> bool:

@@ -66,7 +66,7 @@ Example = Text | Completion | Dialogue | Choice
 @final
 @dataclass(frozen=True, slots=True)
 class EvaluationData:
-    """Examples by their line, from 1, and the `digest` that names them (64 hex digits): the same only for the same lines."""
+    """Examples by their line, from 1, and the `digest` that names them (64 hex digits): the same only for the same lines of the same file."""
 
     path: str
     digest: str
@@ -91,11 +91,12 @@ def read_data(path: Path, limit: int | None = None) -> EvaluationData:
         raise PathNotFound(str(path)) from error
     except UnicodeDecodeError as error:
         raise InvalidInput(str(path), "", "expected JSON lines in UTF-8") from error
-    found = tuple(_examples(path, lines))[:limit]
+    found = tuple(_examples(path, lines))
     if not found:
         raise InvalidInput(str(path), "", "there is nothing in it")
-    digest = blake3(data).hexdigest()
-    return EvaluationData(str(path), digest if limit is None else digest_of([digest, limit]).hex, found)
+    whole = blake3(data).hexdigest()
+    is_part = limit is not None and limit < len(found)
+    return EvaluationData(str(path), digest_of([whole, limit]).hex if is_part else whole, found[:limit])
 
 
 def _examples(path: Path, lines: list[str]) -> Iterator[tuple[int, Example]]:

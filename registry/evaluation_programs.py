@@ -49,6 +49,12 @@ class Program:
         return words
 
 
+def known_numbers(checkpoint: Checkpoint, program: Program) -> tuple[Metric, ...]:
+    """What a program of this name has measured on a checkpoint before; nothing where it has none."""
+    latest = {metric.name: metric for metric in checkpoint.metrics}
+    return tuple(metric for name, metric in latest.items() if program.name and name.startswith(f"{program.name}/"))
+
+
 def run_program(registry: Registry, checkpoint: Checkpoint, program: Program) -> tuple[Metric, ...]:
     """Run a program on a checkpoint, and record the numbers that it prints: the last JSON object on stdout.
 

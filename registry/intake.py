@@ -105,8 +105,7 @@ def _of_run(found: Found, *, with_state: bool) -> Found:
 
     What a resumed run began with is taken whole, as it was laid out, so that it is known already.
     """
-    folder = local_folder(found.location.url)
-    began = None if folder is None else read_beginning(folder) or read_beginning(folder.parent)
+    began = _beginning(found)
     is_whole = with_state or (began is not None and began.is_at(found.step))
     dropped = [path for path in found.adapter.files if is_state(path) and not is_whole]
     files = tuple(path for path in found.adapter.files if path not in {*dropped, LINEAGE_FILE})
@@ -117,6 +116,15 @@ def _of_run(found: Found, *, with_state: bool) -> Found:
         left_out={**found.left_out, **dict.fromkeys(dropped, LEFT_OUT)},
         began=began,
     )
+
+
+def _beginning(found: Found) -> Beginning | None:
+    """What a checkpoint's folder says that its run began with, or else the run's, in which it is."""
+    url = found.location.url
+    above = url.rpartition("/")[0] or "/"
+    # what is above a URL's folder may be a bucket that nobody may list, or no folder at all: only the run's is looked into
+    is_run = local_folder(url) is not None or above.endswith(f"/{found.run}")
+    return read_beginning(url) or (read_beginning(above) if is_run else None)
 
 
 def size_of(found: Found) -> int:

@@ -172,6 +172,14 @@ class Outbox:
             os.close(descriptor)
 
 
+def link(old: Path, new: Path) -> None:
+    """Have a file in another place too: linked where the file system can, else copied."""
+    try:
+        os.link(old, new)
+    except OSError:
+        shutil.copyfile(old, new)
+
+
 def _link(names: list[str], source: Path, target: Path) -> int:
     """Link files into a folder, or copy them; gives their bytes. Of those beside, only what is there."""
     total = 0
@@ -182,10 +190,7 @@ def _link(names: list[str], source: Path, target: Path) -> int:
         new.parent.mkdir(parents=True, exist_ok=True)
         if new.exists():
             continue
-        try:
-            os.link(old, new)
-        except OSError:
-            shutil.copyfile(old, new)
+        link(old, new)
         total += new.stat().st_size
     if total == 0:
         raise StorageFailed(str(source), "there was nothing to keep")

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import final
 
-from registry.errors import InvalidInput, MixedData
-from registry.manifest import Checkpoint, Direction, Metric
+from registry.errors import InvalidInput
+from registry.manifest import Checkpoint, Direction
 from registry.refs import AdapterName, check_label
+from registry.selection import choose, tallies
 
 MAX_CHARACTERS = 2000
 _METRIC = r'(?P<metric>"[^"]{1,200}"|[A-Za-z0-9][A-Za-z0-9._/-]{0,199})'
@@ -199,10 +200,9 @@ def select(policy: Policy, checkpoints: Sequence[Checkpoint]) -> Selection:
 
     Raises:
         MixedData: the objective was measured on different data.
+        UnknownMetric: no checkpoint has a finite value of it.
     """
-    data = sorted({found.data for each in checkpoints if (found := _latest(each, policy.metric)) is not None})
-    if len(data) > 1:
-        raise MixedData(policy.metric, data)
+    choose(tallies(checkpoints), len(checkpoints), metric=policy.metric, direction=policy.direction, top=1)
     judged = [
         Judged(checkpoint=each, value=_finite(each, policy.metric), failures=failures(policy, each))
         for each in checkpoints
@@ -241,11 +241,5 @@ def _advise(policy: Policy, run: str, judged: Sequence[Judged]) -> Advice | None
 
 
 def _finite(checkpoint: Checkpoint, metric: str) -> float | None:
-    found = _latest(checkpoint, metric)
-    return None if found is None else found.value
-
-
-def _latest(checkpoint: Checkpoint, metric: str) -> Metric | None:
-    """The metric that counts, where its value is finite."""
-    found = next((each for each in reversed(checkpoint.metrics) if each.name == metric), None)
-    return found if found is not None and math.isfinite(found.value) else None
+    found = checkpoint.metric(metric)
+    return found if found is not None and math.isfinite(found) else None

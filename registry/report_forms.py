@@ -50,7 +50,8 @@ pre { background: var(--soft); border-radius: 6px; padding: .6rem .8rem; margin:
 figure { margin: 1rem 0; } figcaption { font-weight: 600; }
 svg { display: block; width: 100%; height: auto; } svg text { fill: var(--muted); font-size: 11px; font-family: inherit; }
 svg .grid { stroke: var(--line); stroke-width: 1; } svg .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
-svg .mark { stroke: var(--ink); stroke-width: 1; stroke-dasharray: 3 3; } svg .marked { fill: var(--ink); font-weight: 600; }
+svg .mark { stroke: var(--ink); stroke-width: 1; stroke-dasharray: 3 3; }
+svg .marked { fill: var(--ink); font-weight: 600; paint-order: stroke; stroke: var(--ground); stroke-width: 3; }
 svg .best { fill: var(--ground); stroke-width: 2.4; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; list-style: none; padding: 0; margin: .2rem 0; font-size: .87em; }
 .legend i { display: inline-block; width: .8rem; height: .2rem; margin-right: .4rem; vertical-align: middle; }
@@ -165,7 +166,7 @@ class _Drawing:
             ring = [_tag("circle", cx=x, cy=y, r=5, class_="best", stroke=_colour(number))]
         told = f"{chart.metric} over {chart.axis}, {len(runs)} runs"
         return _tag(
-            "svg", *self._grid(), *self._marks(), *lines, *ring,
+            "svg", *self._grid(), *lines, *self._marks(), *ring,
             viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img", aria_label=told,
         )  # fmt: skip
 

@@ -265,8 +265,8 @@ def _charted(review: _Review) -> list[str]:
     policy = review.selection.policy if review.selection else None
     first = [policy.metric, *(each.metric for each in policy.conditions)] if policy else []
     measured = [name for each in review.checkpoints for name in {metric.name for metric in each.metrics}]
-    others = [name for name in most_telling(dict.fromkeys(measured)) if measured.count(name) > 1]
-    return list(dict.fromkeys([*first, *(name for name in others if not name.startswith("try/"))]))[:MOST_CURVES]
+    others = [name for name in most_telling(dict.fromkeys(measured)) if not name.startswith("try/")]
+    return [name for name in dict.fromkeys([*first, *others]) if measured.count(name) > 1][:MOST_CURVES]
 
 
 def _marks(review: _Review) -> Iterator[tuple[str, str]]:
@@ -358,6 +358,8 @@ def _differences(found: Difference) -> Iterator[Part]:
 def _change(pair: MetricPair) -> str:
     if pair.one is None or pair.other is None or not math.isfinite(pair.other - pair.one):
         return ""
+    if not pair.is_like:
+        return "measured on other data"
     words = {True: ", better", False: ", worse", None: ""}
     return f"{pair.other - pair.one:+.4g}{words[pair.is_better]}"
 

@@ -15,20 +15,23 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from registry.errors import InvalidInput, PathNotFound
-from registry.manifest import Metric
+from registry.manifest import Metric, digest_of
 
 Source = Literal["lm-eval", "mlflow", "wandb", "json"]
 SOURCES: tuple[Source, ...] = get_args(Source)
 _LARGEST_BYTES = 64 << 20
+# What trainers log the step as, and what the tools count themselves.
+_STEPS = ("train/global_step", "trainer/global_step", "global_step", "_step", "Step", "step")
 _NAME = re.compile(r"[\w./@:+ -]{1,200}")
 
 
-def read_results(path: Path, source: Source | None = None) -> tuple[Metric, ...]:
-    """The metrics in a file or folder, by name; of several values of one name the last.
+def read_results(path: Path, source: Source | None = None, step: int | None = None) -> tuple[Metric, ...]:
+    """The metrics in a file or folder, by name; of several values of one name the last, or the last up to a step.
 
     Args:
         path: what a tool has left.
         source: which tool; None tells it from the file.
+        step: the checkpoint's: what a run has measured later is not of it.
 
     Raises:
         InvalidInput: it is not such a file, or has no number in it.
@@ -39,7 +42,10 @@ def read_results(path: Path, source: Source | None = None) -> tuple[Metric, ...]
     else:
         text = _text(path)
         found = tuple(_csv(text) if path.suffix == ".csv" else _json(path, text, source))
-    latest = {metric.name: metric for metric in found if _NAME.fullmatch(metric.name)}
+    named = [metric for metric in found if _NAME.fullmatch(metric.name)]
+    in_time = [metric for metric in named if step is None or metric.step is None or metric.step <= step]
+    # a tool may count steps in its own way: where nothing is in time, there is nothing to tell by
+    latest = {metric.name: metric for metric in (*named, *in_time)}
     if not latest:
         raise InvalidInput(str(path), "", "there is no number in it")
     return tuple(latest[name] for name in sorted(latest))
@@ -99,12 +105,21 @@ def _lm_eval(document: Mapping[str, Any]) -> Iterator[Metric]:
         raise InvalidInput("results", "", "lm-evaluation-harness writes an object `results`")
     better = document.get("higher_is_better")
     for task, found in results.items():
+        data = _task_data(document, task)
         for key, value in found.items() if isinstance(found, dict) else ():
-            name, _, kept = str(key).partition(",")
+            name, comma, kept = str(key).partition(",")
             number = _number(value)
-            if number is not None:
-                whole = f"{task}/{name}" if kept in ("", "none") else f"{task}/{name}/{kept}"
-                yield Metric(name=whole, value=number, split="test", direction=_direction(better, task, name))
+            if number is not None and comma:  # what has no filter is about the task, such as its length
+                whole = f"{task}/{name}" if kept == "none" else f"{task}/{name}/{kept}"
+                yield Metric(
+                    name=whole, value=number, split="test", direction=_direction(better, task, name), data=data
+                )
+
+
+def _task_data(document: Mapping[str, Any], task: str) -> str:
+    """Names what a task has measured on: its version, how many examples were shown, and how many it was asked."""
+    tables = (document.get(key) for key in ("versions", "n-shot", "n-samples", "task_hashes"))
+    return digest_of([task, *(found.get(task) if isinstance(found, dict) else None for found in tables)]).hex
 
 
 def _direction(better: Any, task: str, name: str) -> Any:
@@ -136,16 +151,22 @@ def _mlflow_folder(folder: Path) -> Iterator[Metric]:
             parts = line.split()
             number = _number(parts[1]) if len(parts) in (2, 3) else None
             if number is None:
-                raise InvalidInput(str(path), line[:80], "MLflow's metrics have lines of time, value and step")
+                reason = "not time, value and step, as MLflow writes; name the file itself where another tool wrote it"
+                raise InvalidInput(str(path), line[:80], reason)
             yield Metric(
                 name=str(path.relative_to(place)), value=number, step=_step(parts[2]) if len(parts) == 3 else None
             )
 
 
 def _wandb(document: Mapping[str, Any]) -> Iterator[Metric]:
-    step = _step(document.get("_step"))
+    step = _step_of(document)
     for metric in numbers(document):
-        yield Metric(name=metric.name, value=metric.value, step=step)
+        if metric.name not in _STEPS:
+            yield Metric(name=metric.name, value=metric.value, step=step)
+
+
+def _step_of(row: Mapping[str, Any]) -> int | None:
+    return next((found for name in _STEPS if (found := _step(row.get(name))) is not None), None)
 
 
 def _history(rows: list[dict[str, Any]]) -> Iterator[Metric]:
@@ -154,19 +175,17 @@ def _history(rows: list[dict[str, Any]]) -> Iterator[Metric]:
 
 
 def _csv(text: str) -> Iterator[Metric]:
-    """A table with a head; a column `step`, `Step` or `_step` tells the step. W&B writes `run - metric` where a chart has several runs."""
-    for row in csv.DictReader(text.splitlines()):
-        steps = (row.get(name) for name in ("_step", "Step", "step", "trainer/global_step"))
-        step = next((found for each in steps if (found := _step(each)) is not None), None)
-        for name, value in row.items():
-            number = _number(value)
-            if (
-                number is not None
-                and name
-                and name not in ("_step", "Step", "step", "trainer/global_step")
-                and "__M" not in name
-            ):
-                yield Metric(name=name.rpartition(" - ")[2], value=number, step=step)
+    """A table with a head; one of the columns tells the step. W&B writes `run - metric`, and beside it what was least and most."""
+    table = csv.DictReader(text.splitlines())
+    columns = [name for name in table.fieldnames or () if name and name not in _STEPS and "__M" not in name]
+    names = {column: column.rpartition(" - ")[2] for column in columns}
+    if len({*names.values()}) < len(columns):
+        raise InvalidInput("columns", ", ".join(columns)[:80], "several runs have the same metric: export one run")
+    for row in table:
+        for column, name in names.items():
+            number = _number(row.get(column))
+            if number is not None:
+                yield Metric(name=name, value=number, step=_step_of(row))
 
 
 def numbers(document: Mapping[str, Any], before: str = "") -> Iterator[Metric]:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, final
 
 from registry.disk import appearing
 from registry.errors import Conflict, NoTrainerState
+from registry.inference.places import folder_of_base
 from registry.manifest import Checkpoint, Format
 from registry.progress import Progress, silent
-from registry.training_state import Beginning, missing_state, write_beginning
+from registry.training_state import LIGHTNING_STATE, Beginning, missing_state, write_beginning
 
 if TYPE_CHECKING:
     from registry.service import Registry
@@ -65,10 +66,10 @@ def resume(
     name = _place(checkpoint, is_anew=is_anew)
     began = Beginning(checkpoint=checkpoint.ref, digest=checkpoint.digest, step=checkpoint.step, weights_only=is_anew)
     with appearing(folder) as draft:
-        write_beginning(draft, began)
         registry.pull(checkpoint, draft / name, progress)
+        write_beginning((draft / name).parent, began)
     place = folder / name
-    ways = _litgpt_ways(registry, checkpoint, folder) if is_litgpt else _peft_ways(folder, place, weights_only)
+    ways = _litgpt_ways(registry, checkpoint, folder) if is_litgpt else _peft_ways(folder, place, is_anew=is_anew)
     return Resumption(checkpoint=checkpoint, folder=folder, place=place, weights_only=is_anew, ways=ways)
 
 
@@ -83,16 +84,22 @@ def _place(checkpoint: Checkpoint, *, is_anew: bool) -> str:
     """The folder's name by which the trainer knows a checkpoint."""
     if checkpoint.manifest.format is Format.LITGPT:
         return f"step-{checkpoint.step or 0:06d}"
-    return "adapter" if is_anew else f"checkpoint-{checkpoint.step or 0}"
+    if is_anew:
+        return "adapter"
+    is_lightning = any(file.path == LIGHTNING_STATE for file in checkpoint.manifest.files)
+    return f"{'adapters/step' if is_lightning else 'checkpoint'}-{checkpoint.step or 0}"
 
 
-def _peft_ways(folder: Path, place: Path, weights_only: bool) -> tuple[Step, ...]:
-    if weights_only:
+def _peft_ways(folder: Path, place: Path, *, is_anew: bool) -> tuple[Step, ...]:
+    if is_anew:
         return (
             Step(tool="Python", text=f"model = PeftModel.from_pretrained(base, {str(place)!r}, is_trainable=True)"),
             Step(tool="Axolotl, in its YAML", text=f"lora_model_dir: {place}\noutput_dir: {folder}"),
             Step(tool="LLaMA-Factory, in its YAML", text=f"adapter_name_or_path: {place}\noutput_dir: {folder}"),
         )
+    if (place / LIGHTNING_STATE).exists():
+        text = f"trainer = Trainer(default_root_dir={str(folder)!r}, ...)\ntrainer.fit(module, ckpt_path={str(place / LIGHTNING_STATE)!r})"
+        return (Step(tool="Lightning", text=text),)
     here = f"TrainingArguments(output_dir={str(folder)!r}, ...)"
     yaml = f"resume_from_checkpoint: {place}\noutput_dir: {folder}"
     return (
@@ -105,6 +112,6 @@ def _peft_ways(folder: Path, place: Path, weights_only: bool) -> tuple[Step, ...
 
 
 def _litgpt_ways(registry: Registry, checkpoint: Checkpoint, folder: Path) -> tuple[Step, ...]:
-    base = registry.base(checkpoint.base.hex)
-    words = ["litgpt", "finetune_adapter_v2", base.url, "--resume", "true", "--out_dir", str(folder)]
+    base = folder_of_base(registry, registry.base(checkpoint.base.hex))
+    words = ["litgpt", "finetune_adapter_v2", str(base), "--resume", "true", "--out_dir", str(folder)]
     return (Step(tool="litgpt", text=shlex.join(words)),)

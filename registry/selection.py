@@ -148,6 +148,12 @@ def declared_direction(name: str, checkpoints: Sequence[Checkpoint]) -> Directio
     return known_direction(name, tallies(checkpoints))
 
 
+def is_measured_alike(name: str, checkpoints: Sequence[Checkpoint]) -> bool:
+    """Whether the last values of a metric, where there are any, were measured on the same data: only then is one better than another."""
+    last = [{metric.name: metric.data for metric in each.metrics} for each in checkpoints]
+    return len({data[name] for data in last if name in data}) <= 1
+
+
 def most_telling(names: Iterable[str]) -> list[str]:
     """Metrics by name, in the order in which `shared_metric` prefers them."""
     return sorted(names, key=lambda name: _preference(name, ()))

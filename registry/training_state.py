@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
 from registry.codec import from_json, plain
 from registry.disk import Translating
-from registry.errors import CorruptFile, InvalidInput, InvalidReference
+from registry.errors import CorruptFile, InvalidInput, InvalidReference, PathNotFound
+from registry.locations import open_location
 from registry.manifest import Origin
 from registry.refs import CheckpointRef, Digest
 
@@ -22,9 +24,10 @@ LINEAGE_FILE = "ckpt-resumed.json"
 RESUME = "resume"
 LEFT_OUT = "state of the trainer, which --with-state keeps"
 TRAINER_STATE = "trainer_state.json"
-# Of transformers' Trainer, alone and with FSDP or DeepSpeed. What is small and can be read by people is always kept.
+LIGHTNING_STATE = "lightning.ckpt"
+# Of transformers' Trainer, alone and with FSDP or DeepSpeed, and of Lightning's. What is small and can be read by people is always kept.
 _STATE = re.compile(
-    r"(?:optimizer\.(?:pt|bin)|scheduler\.pt|scaler\.pt|rng_state(?:_[0-9]+)?\.pth|latest|zero_to_fp32\.py"
+    r"(?:lightning\.ckpt|optimizer\.(?:pt|bin)|scheduler\.pt|scaler\.pt|rng_state(?:_[0-9]+)?\.pth|latest|zero_to_fp32\.py"
     r"|(?:optimizer_[0-9]+|pytorch_model_fsdp_[0-9]+|global_step[0-9]+)/.+|optimizer_[0-9]+\.(?:bin|pt))"
 )
 _OPTIMIZER = re.compile(r"optimizer\.(?:pt|bin)|optimizer_[0-9]+\.(?:bin|pt)|(?:optimizer_[0-9]+|global_step[0-9]+)/.+")
@@ -38,8 +41,10 @@ def is_state(path: str) -> bool:
 
 
 def missing_state(paths: Iterable[str]) -> tuple[str, ...]:
-    """What transformers' Trainer would need, and a checkpoint has not got, in words."""
+    """What transformers' Trainer would need, and a checkpoint has not got, in words; Lightning's needs one file."""
     have = list(paths)
+    if LIGHTNING_STATE in have:
+        return ()
     wanted = {"optimizer": _OPTIMIZER, "scheduler": _SCHEDULER, "random numbers' state": _RANDOM}
     lacking = [name for name, pattern in wanted.items() if not any(map(pattern.fullmatch, have))]
     return tuple(lacking if TRAINER_STATE in have else [*lacking, TRAINER_STATE])
@@ -94,19 +99,18 @@ def write_beginning(folder: Path, began: Beginning) -> None:
         (folder / LINEAGE_FILE).write_text(json.dumps(plain(began), indent=2) + "\n")
 
 
-def read_beginning(folder: Path) -> Beginning | None:
-    """What a run's folder says that it went on from; None where it says nothing.
+def read_beginning(url: str) -> Beginning | None:
+    """What a run's folder, by its path or URL, says that it went on from; None where it says nothing.
 
     Raises:
         CorruptFile: the file is not as `ckpt resume` writes it.
         StorageFailed: it cannot be read.
     """
-    place = folder / LINEAGE_FILE
-    if not place.is_file():
-        return None
-    with Translating(str(place)):
-        data = place.read_bytes()
     try:
+        with closing(open_location(url)) as folder, folder.open(LINEAGE_FILE) as stream:
+            data = stream.read()
         return from_json(Beginning, json.loads(data))
+    except PathNotFound:
+        return None
     except (ValueError, TypeError, RecursionError, InvalidInput) as error:
-        raise CorruptFile(str(place), "not what `ckpt resume` wrote") from error
+        raise CorruptFile(f"{url}/{LINEAGE_FILE}", "not what `ckpt resume` wrote") from error

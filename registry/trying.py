@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 
 from registry.errors import InvalidInput, NoChatTemplate, NoTokenizer, PathNotFound
-from registry.inference import Device, LoadedDType, Message, Runner, Sampling, open_runner
+from registry.inference import Device, LoadedDType, Message, Runner, Sampling, check_place, open_runner
 from registry.manifest import BaseModel, Checkpoint, Level, Metric, digest_of
 from registry.progress import Progress, silent
 
@@ -47,7 +47,7 @@ class Trying:
     """What to try: each of `prompts` with answers of `max_tokens` at most, the likeliest token each time.
 
     Raises:
-        InvalidInput: no prompts, or too many.
+        InvalidInput: no prompts, or too many; no such device or dtype.
     """
 
     prompts: tuple[str, ...] = PROMPTS
@@ -56,6 +56,7 @@ class Trying:
     dtype: LoadedDType = "auto"
 
     def __post_init__(self) -> None:
+        check_place(self.device, self.dtype)
         if not 1 <= len(self.prompts) <= MOST_PROMPTS:
             reason = f"expected 1 to {MOST_PROMPTS}; `ckpt eval` measures on more"
             raise InvalidInput("prompts", len(self.prompts), reason)
@@ -249,7 +250,7 @@ class _Answered:
 def _answers(
     runner: Runner, checkpoint: Checkpoint, wanted: Trying, is_merged: bool, advance: Callable[[str], None]
 ) -> list[_Answered]:
-    """Everybody's answers to every prompt. The merged model takes the place of nobody until the adapter is done."""
+    """Everybody's answers to every prompt. The merged model comes last: it takes the base's place in memory."""
     found = [_Answered(_prompt_ids(runner, prompt, wanted)) for prompt in wanted.prompts]
     sampling = Sampling(max_tokens=wanted.max_tokens)
     for each in found:
@@ -257,17 +258,17 @@ def _answers(
         each.answer = runner.encode(each.texts["adapter"])
         each.scores = _scores(runner, each) if is_merged else None
         advance("adapter")
+    runner.use(None)
+    for each in found:
+        if _is_read_by(runner.base, each.ids):
+            _speak(runner, each, "base", sampling)
+        advance("base")
     if is_merged:
         runner.use_merged(checkpoint)
         for each in found:
             _speak(runner, each, "merged", sampling)
             _compare(each, _scores(runner, each))
             advance("merged")
-    runner.use(None)
-    for each in found:
-        if _is_read_by(runner.base, each.ids):
-            _speak(runner, each, "base", sampling)
-        advance("base")
     return found
 
 

@@ -18,19 +18,14 @@ from pathlib import Path
 from typing import final
 
 from registry.errors import RegistryError
-from registry.intake import Registration
+from registry.intake import Registration, check_words
 from registry.outbox import Outbox, Waiting
 
 _CHECKPOINT = re.compile(r"(?:checkpoint|step)-\d+|final")
-_WEIGHTS = (
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "lit_model.pth.lora",
-    "lit_model.pth.adapter",
-    "lit_model.pth.adapter_v2",
-)
+_LITGPT = ("lit_model.pth.lora", "lit_model.pth.adapter", "lit_model.pth.adapter_v2")
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", *_LITGPT)
 # What a trainer writes last, by what it writes first; another trainer may not write it at all, and is waited for longer.
-_LAST = {"adapter_config.json": "trainer_state.json", "lit_model.pth.lora": "hyperparameters.yaml"}
+_LAST = {"adapter_config.json": "trainer_state.json", **dict.fromkeys(_LITGPT, "prompt_style.yaml")}
 _LONGER = 10
 _Signature = tuple[tuple[str, int, int], ...]
 
@@ -56,6 +51,9 @@ class Watch:
         said: what is said of each.
         home: where is written down what was taken, so that a new start takes nothing twice.
         settle_seconds: how long nothing may have changed in a checkpoint.
+
+    Raises:
+        InvalidReference: a name that is said is none, so that nothing could ever be registered.
     """
 
     folder: Path
@@ -67,6 +65,7 @@ class Watch:
     _taken: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_words(self.said, 1)
         with suppress(OSError, ValueError):
             self._taken = dict(json.loads(self._record.read_text()))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,3 +24,9 @@ class Result:
 
 
 Ckpt = Callable[..., Result]
+
+
+def interruptible(*words: str) -> list[str]:
+    """A command for a process of its own, which hears interrupts: where tests run in the background, children inherit that they are ignored."""
+    hear = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    return [sys.executable, "-c", f"{hear}; from cli.app import main; main({list(words)!r})"]

@@ -9,7 +9,7 @@ from factories import checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.errors import InvalidInput, InvalidReference, MixedData
+from registry.errors import InvalidInput, InvalidReference, MixedData, UnknownMetric
 from registry.manifest import Metric
 from registry.policies import Condition, Policy, failures, parse_policy, select
 
@@ -127,3 +127,10 @@ def test_values_of_different_data_are_not_compared() -> None:
     with pytest.raises(MixedData):
         select(parse_policy("loss min"), found)
     assert select(parse_policy("loss min"), found[:1]).chosen is not None
+
+
+def test_a_metric_that_nobody_has_is_said_with_those_that_sound_alike() -> None:
+    candidates = [checkpoint(version=1, metrics={"eval_loss": 0.5}), checkpoint(version=2, metrics={"eval_loss": 0.4})]
+    with pytest.raises(UnknownMetric) as unknown:
+        select(parse_policy("evall_loss min"), candidates)
+    assert (unknown.value.name, unknown.value.near) == ("evall_loss", ("eval_loss",))

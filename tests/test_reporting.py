@@ -17,7 +17,7 @@ from registry.errors import InvalidInput, InvalidReference, UnknownAdapter
 from registry.manifest import Metric
 from registry.registering import Registration
 from registry.report_forms import _thinned, to_html, to_markdown
-from registry.reporting import Document, Sentence, Table, report
+from registry.reporting import Curves, Document, Sentence, Table, report
 from registry.resuming import resume
 from registry.service import Registry
 
@@ -216,3 +216,30 @@ def test_long_lines_are_thinned_and_keep_their_peaks() -> None:
     assert (found[0], found[-1]) == (points[0], points[-1])
     assert [point.x for point in found] == sorted(point.x for point in found)
     assert _thinned(points[:50], 100) == points[:50]
+
+
+def measured(registry: Registry, folder: Path) -> None:
+    """Two checkpoints of `bot`, the first live; `try/agreement` of the second alone, `hard/loss` of each on data of its own."""
+    base = tiny.write_base(folder / "base")
+    for step, loss in ((10, 0.5), (20, 0.4)):
+        tiny.write_adapter(folder / f"bot/checkpoint-{step}", base=base, seed=step)
+        found = registry.register(str(folder / f"bot/checkpoint-{step}")).registered[0].checkpoint
+        hard = Metric(name="hard/loss", value=loss, data=f"{step:064}")
+        registry.add_metrics(found, [Metric(name="eval_loss", value=loss), hard])
+    registry.add_metrics(registry.resolve("bot@v2"), [Metric(name="try/agreement", value=1.0, direction="higher")])
+    registry.ship(registry.resolve("bot@v1"), "production")
+
+
+def test_a_metric_that_was_measured_once_tells_no_course(ckpt: Registry, tmp_path: Path) -> None:
+    measured(ckpt, tmp_path)
+    found = report(ckpt, "bot", "eval_loss min, try/agreement >= 0.5")
+    drawn = [part for section in found.sections for part in section.parts if isinstance(part, Curves)]
+    assert [each.chart.metric for each in drawn] == ["eval_loss"]
+
+
+def test_numbers_of_other_data_are_not_called_better(ckpt: Registry, tmp_path: Path) -> None:
+    measured(ckpt, tmp_path)
+    found = report(ckpt, "bot", "eval_loss min")
+    changes = {row[0]: row[3] for row in table_of(found, "Compared with what is live").rows}
+    assert changes["hard/loss"] == "measured on other data"
+    assert changes["eval_loss"].endswith("better")

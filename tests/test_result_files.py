@@ -142,3 +142,34 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     written(tmp_path / "metrics/loss", "not a metric\n")
     with pytest.raises(InvalidInput, match="time, value and step"):
         read_results(tmp_path)
+
+
+def test_what_the_harness_says_about_a_task_is_no_metric_and_other_samples_are_other_data(tmp_path: Path) -> None:
+    """As lm_eval 0.4.13 writes it."""
+    task = {"name": "arc", "alias": "arc", "sample_len": 2, "acc,none": 0.5}
+    document = {"results": {"arc": task}, "versions": {"arc": 1.0}, "n-shot": {"arc": 0}, "configs": {}}
+    data = set()
+    for effective in (2, 100):
+        samples = {"n-samples": {"arc": {"original": 100, "effective": effective}}}
+        (metric,) = read_results(written(tmp_path / "results.json", document | samples))
+        assert metric.name == "arc/acc"
+        data.add(metric.data)
+    assert len(data) == 2
+
+
+def test_what_a_run_has_measured_later_is_not_of_a_checkpoint(tmp_path: Path) -> None:
+    rows = [{"_step": place, "train/global_step": 20 * place, "eval/loss": 1 / place} for place in (1, 2, 3)]
+    history = written(tmp_path / "history.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    (metric,) = read_results(history, step=40)
+    assert (metric.name, metric.value, metric.step) == ("eval/loss", 0.5, 40)
+    (last,) = read_results(history)
+    assert last.step == 60
+    (folder := tmp_path / "run/metrics").mkdir(parents=True)
+    written(folder / "loss", "1700000000000 0.9 20\n1700000001000 0.4 40\n1700000002000 0.3 60\n")
+    assert [each.value for each in read_results(tmp_path / "run", step=50)] == [0.4]
+
+
+def test_a_table_of_several_runs_is_refused(tmp_path: Path) -> None:
+    table = '"Step","one - loss","one - loss__MIN","two - loss"\n"10","0.5","0.5","0.7"\n'
+    with pytest.raises(InvalidInput, match="export one run"):
+        read_results(written(tmp_path / "chart.csv", table))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from fsspec.implementations.memory import MemoryFileSystem
 
 from registry.errors import Conflict, CorruptFile, NoTrainerState
 from registry.manifest import Checkpoint
@@ -198,3 +199,17 @@ def test_litgpt_goes_on_where_it_can(ckpt: Registry, tmp_path: Path, name: str, 
     assert newest.parent == found.place
     assert "--resume true" in found.ways[0].text
     assert str(DATA / "base-llama-gqa") in found.ways[0].text
+
+
+def test_a_run_behind_a_url_points_back(ckpt: Registry, base: Path, tmp_path: Path) -> None:
+    write_step(tmp_path / "bot", base, 10)
+    parent = only(ckpt.register(str(tmp_path / "bot"), Registration(with_state=True))).checkpoint
+    resume(ckpt, parent, tmp_path / "again")
+    write_step(tmp_path / "again", base, 20, seed=2)
+    url = f"memory://{tmp_path.name}/again"
+    MemoryFileSystem().put(str(tmp_path / "again"), url, recursive=True)
+    old, new = ckpt.register(url).registered
+    assert (old.checkpoint.ref, old.created) == (parent.ref, False)
+    assert new.checkpoint.origin is not None
+    assert new.checkpoint.origin.parents == (parent.ref,)
+    assert LINEAGE_FILE not in files_of(new.checkpoint)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,8 @@ from registry.intake import Registered, Registration
 from registry.outbox import Outbox
 from registry.service import Registry
 from registry.watching import Watch, checkpoint_folders
+
+LITGPT = Path(__file__).parent / "data/litgpt"
 
 
 class Clock:
@@ -139,7 +139,8 @@ def test_what_makes_room_for_others_is_told_of(run: Path, base: Path, tmp_path: 
 
 def test_runs_of_litgpt_and_runs_within_runs_are_found(tmp_path: Path, base: Path, clock: Clock) -> None:
     root = tmp_path / "all"
-    tiny.write_litgpt_run(root / "lit", base=str(base))
+    for place in tiny.write_litgpt_run(root / "lit", base=str(base)).glob("*/lit_model.pth.lora"):
+        place.with_name("prompt_style.yaml").touch()
     complete(root / "hf/lr-1", base, 200)
     complete(root / "hf/lr-1", base, 30)
     (root / ".hidden").mkdir()
@@ -155,29 +156,29 @@ def test_runs_of_litgpt_and_runs_within_runs_are_found(tmp_path: Path, base: Pat
     assert len(look(watching(root, tmp_path), clock, seconds=8)) == 5
 
 
-def test_a_slow_writer_is_not_overtaken(ckpt: Registry, run: Path, base: Path, tmp_path: Path) -> None:
-    """In real time: a thread writes a checkpoint in pieces, with pauses just under what is waited for."""
+@pytest.mark.parametrize("name", ["lora-llama-qv", "adapter-llama", "adapter_v2-llama"])
+def test_litgpt_is_done_when_the_style_of_prompts_is_there(run: Path, tmp_path: Path, clock: Clock, name: str) -> None:
+    """It writes that last. Taken without, a checkpoint would be taken once more with it, as another version."""
+    style = shutil.copytree(LITGPT / name, run, dirs_exist_ok=True) / "final/prompt_style.yaml"
+    style.rename(tmp_path / "style")
+    watched = watching(run, tmp_path)
+    assert "final" not in look(watched, clock, seconds=40)
+    (tmp_path / "style").rename(style)
+    assert look(watched, clock, seconds=8) == ["final"]
+
+
+def test_a_slow_writer_is_not_overtaken(ckpt: Registry, run: Path, base: Path, tmp_path: Path, clock: Clock) -> None:
+    """A checkpoint is written in pieces, with pauses just under what is waited for."""
     whole = complete(tmp_path / "elsewhere", base, 10)
-    watched = Watch(run, Outbox(tmp_path / "home"), Registration(adapter="bot"), tmp_path / "home", settle_seconds=1.5)
-
-    def write() -> None:
-        for name in ("trainer_state.json", "adapter_config.json", "adapter_model.safetensors"):
-            data = (whole / name).read_bytes()
-            (run / "checkpoint-10").mkdir(exist_ok=True)
-            with (run / "checkpoint-10" / name).open("wb", buffering=0) as stream:
-                for start in range(0, len(data), -(-len(data) // 4)):
-                    stream.write(data[start : start + -(-len(data) // 4)])
-                    time.sleep(0.15)
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    taken = []
-    end = time.monotonic() + 20
-    while not taken and time.monotonic() < end:
-        taken = list(watched.look())
-        time.sleep(0.02)
-    assert not writer.is_alive()
-    assert [each.problem for each in taken] == [None]
+    watched = watching(run, tmp_path)
+    (run / "checkpoint-10").mkdir()
+    for name in ("trainer_state.json", "adapter_config.json", "adapter_model.safetensors"):
+        data = (whole / name).read_bytes()
+        with (run / "checkpoint-10" / name).open("wb", buffering=0) as stream:
+            for start in range(0, len(data), -(-len(data) // 4)):
+                stream.write(data[start : start + -(-len(data) // 4)])
+                assert look(watched, clock, seconds=5) == []
+    assert look(watched, clock, seconds=1) == ["checkpoint-10"]
     (done,) = watched.outbox.send(ckpt)
     assert isinstance(done, Registered)
     entries = {entry.path: entry.size_bytes for entry in done.checkpoint.manifest.files}

@@ -65,7 +65,10 @@ class TokenScores:
 
 
 class Runner(Protocol):
-    """A base model in memory. Not to be used by several threads at once."""
+    """One model in memory: a base with adapters on it, or a merged one in its place. It is loaded when it is first needed.
+
+    Not to be used by several threads at once.
+    """
 
     @property
     def base(self) -> BaseModel:
@@ -74,6 +77,10 @@ class Runner(Protocol):
     @property
     def device(self) -> str:
         """Where it computes: cpu, cuda or mps."""
+
+    @property
+    def speaker(self) -> str:
+        """Whose tokenizer and chat template count now, by what is in their files: where it is the same, tokens of a text are."""
 
     @property
     def context_tokens(self) -> int | None:
@@ -88,7 +95,7 @@ class Runner(Protocol):
         """
 
     def use_merged(self, checkpoint: Checkpoint) -> None:
-        """Have the model answer that merging the checkpoint gives. It is computed into memory and written nowhere.
+        """Have the model answer that merging the checkpoint gives. It is computed into memory and written nowhere; the base makes room for it.
 
         Raises:
             Refused: it cannot be merged.
@@ -146,7 +153,7 @@ def check_place(device: str, dtype: str) -> None:
 def open_runner(
     registry: Registry, subject: Checkpoint | BaseModel, *, device: Device = "auto", dtype: LoadedDType = "auto"
 ) -> Runner:
-    """Load a base model, and have the checkpoint answer if one is given.
+    """What computes with a base model. A checkpoint that is given answers, so that the model is loaded at once.
 
     Args:
         registry: where they are.

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, final
 
-from registry.errors import InvalidRecipe, InvalidReference
+from registry.errors import InvalidInput, InvalidRecipe, InvalidReference
 from registry.inference import Device, LoadedDType, Message, Runner, Sampling, open_runner
 from registry.manifest import Checkpoint
 
@@ -107,6 +107,7 @@ class Conversation:
             base = self.registry.base(first.base.hex)
             self._runner = open_runner(self.registry, base, device=self.device, dtype=self.dtype)
         if self._speaking != speaker:
+            self._speaking = None  # nobody knows who answers where this fails
             if speaker.is_merged:
                 self._runner.use_merged(first)
             else:
@@ -127,6 +128,12 @@ class Conversation:
         """What somebody else would answer; nothing of it is kept."""
         yield from self._answered([*self.messages, Message("user", text)], speaker, keeps=False)
 
+    def go_on(self, text: str) -> Iterator[str]:
+        """How a text goes on as it is, without a chat template and without the turns so far."""
+        runner = self.runner_for(self.speaker)
+        ids = runner.encode(text)
+        yield from runner.generate(ids, self._limited(runner, len(ids)))
+
     def _answered(self, messages: Sequence[Message], speaker: Speaker, *, keeps: bool) -> Iterator[str]:
         runner = self.runner_for(speaker)
         opened = [Message("system", self.system)] if self.system else []
@@ -141,12 +148,15 @@ class Conversation:
                 self.messages[:] = [*messages, Message("assistant", "".join(said))]
 
     def _limited(self, runner: Runner, count: int) -> Sampling:
-        """No more than the model has room for."""
+        """No more than the model has room for.
+
+        Raises:
+            InvalidInput: there is no room for an answer.
+        """
         room = None if runner.context_tokens is None else runner.context_tokens - count
         if room is None or room >= self.sampling.max_tokens:
             return self.sampling
         if room < 1:
-            raise InvalidRecipe(
-                "messages", count, f"the conversation is longer than the model's {runner.context_tokens} tokens"
-            )
+            reason = f"{runner.base.name} takes {runner.context_tokens} at most, with the answer"
+            raise InvalidInput("conversation", f"{count} tokens", reason)
         return replace(self.sampling, max_tokens=room)

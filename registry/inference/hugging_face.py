@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,9 +11,12 @@ from typing import TYPE_CHECKING, Any, cast, final
 
 from registry.errors import InvalidRecipe, MissingPackage, NoChatTemplate, NoTokenizer
 from registry.inference import Device, LoadedDType, Message, Sampling, TokenScores, Weighed
-from registry.inference.places import check_fits, folder_of_base, folder_of_checkpoint, merged_files
+from registry.inference.keeping import KEPT_ADAPTERS, Recent, check_sum
+from registry.inference.places import check_fits, folder_of_base, folder_of_checkpoint, merged_files, speech_of
 from registry.inference.sampling import Chooser, enough_memory, pick_device, scores_of, spoken
 from registry.manifest import BaseModel, Checkpoint, Format
+from registry.results import Repository, RepositoryFile
+from registry.tensors import MAX_HEADER_BYTES, StoredTensor, read_safetensors_header
 
 if TYPE_CHECKING:
     from registry.service import Registry
@@ -24,16 +29,12 @@ try:
 except ModuleNotFoundError as error:
     raise MissingPackage(error.name or "transformers", "hf") from error
 
-_KEPT_ADAPTERS = 4  # on the model at once; the one used longest ago makes room
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 def open_hugging_face(registry: Registry, base: BaseModel, *, device: Device, dtype: LoadedDType) -> HuggingFaceRunner:
-    """Load a base model; see `registry.inference.open_runner`."""
-    folder, place = folder_of_base(registry, base), pick_device(device)
-    with enough_memory(f"the model {base.name}", place):
-        model = _loaded(folder, dtype).to(place)
-    return HuggingFaceRunner(registry, base, folder, model.eval(), dtype)
+    """What computes with a base model; see `registry.inference.open_runner`."""
+    return HuggingFaceRunner(registry, base, folder_of_base(registry, base), pick_device(device), dtype)
 
 
 def load_hugging_face(
@@ -57,7 +58,7 @@ def _merged(
             name: tensor
             for file in found.files
             if file.path.endswith(".safetensors")
-            for name, tensor in _tensors(b"".join(map(bytes, registry.read_file(found, file.path)))).items()
+            for name, tensor in _tensors(registry, found, file).items()
         }
         config = AutoConfig.from_pretrained(folder)
         for file in found.files:
@@ -91,31 +92,26 @@ class HuggingFaceRunner:
         registry: where checkpoints are.
         base: the model.
         folder: its files.
-        model: the same, loaded.
-        dtype: what it was loaded as.
+        place: the device that it is loaded on.
+        dtype: what it is loaded as.
     """
 
-    def __init__(self, registry: Registry, base: BaseModel, folder: Path, model: Any, dtype: LoadedDType) -> None:
-        self.base = base
+    def __init__(self, registry: Registry, base: BaseModel, folder: Path, place: str, dtype: LoadedDType) -> None:
+        self.base, self.device = base, place
         self._registry, self._folder, self._dtype = registry, folder, dtype
-        self._plain: Any = model
+        self._config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        self._base_model: Any = None
         self._peft: Any = None
         self._merged: Any = None
-        self._on: dict[str, str] = {}  # name on the model: kind of tuner, the one used last at the end
+        self._on = Recent[str]()  # kinds of tuners, by the adapters' names on the model
         self._active: str | None = None
-        self._tokenizers: dict[Path, Any] = {}
-        self._speaker = folder
-        self._name = base.name
-
-    @property
-    def device(self) -> str:
-        """Where it computes."""
-        return str(self._plain.device.type)
+        self._tokenizers: dict[str, Any] = {}
+        self.speaker, self._speaks_from, self._name = "", folder, base.name
 
     @property
     def context_tokens(self) -> int | None:
         """The longest text that it was made for."""
-        return getattr(self._plain.config, "max_position_embeddings", None)
+        return getattr(self._config, "max_position_embeddings", None)
 
     @property
     def with_adapter(self) -> Any:
@@ -129,82 +125,94 @@ class HuggingFaceRunner:
 
     def use(self, what: Checkpoint | Weighed | None) -> None:
         """Have an adapter answer, a weighted sum, or the base alone."""
-        self._merged = None
         if what is None:
-            self._active, self._speaker, self._name = None, self._folder, self.base.name
+            self._active = None
+            self.speaker, self._speaks_from, self._name = "", self._folder, self.base.name
         elif isinstance(what, Checkpoint):
             self._active = self._put_on(what)
             self._speak_as(what)
         else:
             self._active = self._put_on_sum(what)
             self._speak_as(what[0][0])
+        self._merged = None
 
     def use_merged(self, checkpoint: Checkpoint) -> None:
         """Have the merged model answer; its weights are computed into memory."""
+        merged_files(self._registry, checkpoint)  # is refused before anybody makes room for it
+        self._base_model = self._peft = self._merged = self._active = None
+        self._on.clear()
+        gc.collect()  # modules and hooks refer to each other
         self._merged = _merged(self._registry, checkpoint, self.base, self._folder, self.device, self._dtype)
         self._speak_as(checkpoint)
 
+    @property
+    def _plain(self) -> Any:
+        """The base model; a merged one that is in memory makes room for it."""
+        if self._base_model is None:
+            self._merged = None
+            with enough_memory(f"the model {self.base.name}", self.device):
+                self._base_model = _loaded(self._folder, self._dtype).to(self.device).eval()
+        return self._base_model
+
     def _speak_as(self, checkpoint: Checkpoint) -> None:
         """Whose tokenizer counts: the adapter's, where it has one."""
-        self._name = checkpoint.ref
         folder = folder_of_checkpoint(self._registry, checkpoint)
-        self._speaker = folder if _has_tokenizer(folder) else self._folder
+        has_own = _has_tokenizer(folder)
+        self.speaker, self._speaks_from = (speech_of(checkpoint), folder) if has_own else ("", self._folder)
+        self._name = checkpoint.ref
 
     def _put_on(self, checkpoint: Checkpoint, together: int = 1) -> str:
         """Its name on the model, where it is then with as many others as are needed `together`."""
         name = checkpoint.digest.short
-        if name in self._on:
-            self._on[name] = self._on.pop(name)
+        if self._on.find(name):
             return name
         check_fits(self._registry, checkpoint, self.base)
         if checkpoint.manifest.format is not Format.PEFT:
             raise InvalidRecipe("checkpoint", checkpoint.ref, "not an adapter of PEFT: `ckpt convert` makes one of it")
         folder = folder_of_checkpoint(self._registry, checkpoint)
-        self._make_room(checkpoint.manifest.method, max(_KEPT_ADAPTERS, together))
+        self._make_room(checkpoint.manifest.method, max(KEPT_ADAPTERS, together))
         with enough_memory(f"the adapter {checkpoint.ref}", self.device):
             if self._peft is None:
                 self._peft = PeftModel.from_pretrained(self._plain, folder, adapter_name=name).eval()
             else:
                 self._peft.load_adapter(folder, adapter_name=name)
-        self._on[name] = checkpoint.manifest.method
+        self._on.keep(name, checkpoint.manifest.method)
         return name
 
     def _make_room(self, method: str, most: int) -> None:
         """Adapters of one kind only are on the model at once, and not too many."""
         if self._peft is None:
             return
-        if set(self._on.values()) != {method}:
-            self._plain, self._peft = self._peft.unload(), None
+        if {*self._on.values()} != {method}:
+            self._base_model, self._peft = self._peft.unload(), None
             self._on.clear()
-        while len(self._on) >= most:
-            oldest = next(iter(self._on))
-            self._peft.delete_adapter(oldest)
-            del self._on[oldest]
+        for name in self._on.make_room(most):
+            self._peft.delete_adapter(name)
 
     def _put_on_sum(self, weighed: Weighed) -> str:
         """One adapter that adds several deltas up, each with its weight: exactly, by joining their factors."""
-        if not weighed:
-            raise InvalidRecipe("checkpoints", "", "expected at least one")
-        if odd := next((each for each, _ in weighed if each.manifest.method != "lora"), None):
-            raise InvalidRecipe("method", odd.manifest.method, f"only LoRA can be added up unmerged; {odd.ref} is none")
+        check_sum(weighed)
         name = "+".join(f"{checkpoint.digest.short}:{weight:g}" for checkpoint, weight in weighed).replace(".", "_")
-        if name in self._on:
+        if self._on.find(name):
             return name
         names = [self._put_on(checkpoint, len(weighed)) for checkpoint, _ in weighed]
         weights = [weight for _, weight in weighed]
-        cast("Any", self._peft).add_weighted_adapter(names, weights, adapter_name=name, combination_type="cat")
-        self._on[name] = "lora"
+        try:
+            cast("Any", self._peft).add_weighted_adapter(names, weights, adapter_name=name, combination_type="cat")
+        except ValueError as error:  # such as weights of the base that each replaces whole
+            raise InvalidRecipe("checkpoints", name, f"peft cannot add them up: {error}") from error
+        self._on.keep(name, "lora")
         return name
 
     # -- text
 
     @property
     def _tokenizer(self) -> Any:
-        if self._speaker not in self._tokenizers:
-            if not _has_tokenizer(self._speaker):
+        if self.speaker not in self._tokenizers:
+            if not _has_tokenizer(self._speaks_from):
                 raise NoTokenizer(self._name)
-            self._tokenizers[self._speaker] = AutoTokenizer.from_pretrained(self._speaker, local_files_only=True)
-        return self._tokenizers[self._speaker]
+            self._tokenizers[self.speaker] = AutoTokenizer.from_pretrained(self._speaks_from, local_files_only=True)
+        return self._tokenizers[self.speaker]
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text."""
@@ -291,7 +299,19 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
-def _tensors(data: bytes) -> dict[str, Any]:
-    from safetensors.torch import load  # noqa: PLC0415 - comes with torch
+def _tensors(registry: Registry, found: Repository, file: RepositoryFile) -> dict[str, Any]:
+    """The tensors of a file, all in one buffer, so that they are in memory once."""
+    data, filled = bytearray(file.size_bytes), 0
+    for piece in registry.read_file(found, file.path):
+        data[filled : filled + len(piece)] = piece
+        filled += len(piece)
+    header = read_safetensors_header(io.BytesIO(data[: 8 + MAX_HEADER_BYTES]), file.path, len(data))
+    return {each.spec.name: _tensor(data, each) for each in header.tensors}
 
-    return cast("dict[str, Any]", load(data))
+
+def _tensor(data: bytearray, stored: StoredTensor) -> Any:
+    spec = stored.spec
+    kind = getattr(torch, spec.dtype.long_name)
+    if not spec.size_bytes:
+        return torch.empty(spec.shape, dtype=kind)
+    return torch.frombuffer(data, dtype=kind, count=spec.elements, offset=stored.offset_bytes).reshape(spec.shape)

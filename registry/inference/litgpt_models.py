@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import fields
-from itertools import islice
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 import yaml
 
-from registry.errors import CorruptFile, InvalidInput, InvalidRecipe, MissingPackage
+from registry.errors import CorruptFile, InvalidInput, MissingPackage
 from registry.formats.litgpt import MODEL_CONFIG_FILE
 from registry.inference import Device, LoadedDType, Message, Sampling, TokenScores, Weighed
-from registry.inference.places import check_fits, folder_of_base, folder_of_checkpoint, merged_files
+from registry.inference.keeping import Recent, check_sum
+from registry.inference.places import check_fits, folder_of_base, folder_of_checkpoint, merged_files, speech_of
 from registry.inference.sampling import Chooser, enough_memory, pick_device, scores_of, spoken
 from registry.manifest import BaseModel, Checkpoint
 
@@ -33,16 +34,11 @@ except ModuleNotFoundError as error:
     raise MissingPackage(error.name or "litgpt", "litgpt") from error
 
 _WEIGHTS_FILE = "lit_model.pth"
-_KEPT_ADAPTERS = 4  # in memory at once; the one used longest ago makes room
 
 
 def open_litgpt(registry: Registry, base: BaseModel, *, device: Device, dtype: LoadedDType) -> LitgptRunner:
-    """Load a base model; see `registry.inference.open_runner`."""
-    folder, place = folder_of_base(registry, base), pick_device(device)
-    with enough_memory(f"the model {base.name}", place):
-        state = torch.load(folder / _WEIGHTS_FILE, map_location="cpu", mmap=True, weights_only=True)
-        model = _built(base.config, state, place, dtype)
-    return LitgptRunner(registry, base, folder, model, dtype)
+    """What computes with a base model; see `registry.inference.open_runner`."""
+    return LitgptRunner(registry, base, folder_of_base(registry, base), pick_device(device), dtype)
 
 
 def load_litgpt(
@@ -126,29 +122,26 @@ class LitgptRunner:
         registry: where checkpoints are.
         base: the model.
         folder: its files.
-        model: the same, loaded.
-        dtype: what it was loaded as.
+        place: the device that it is loaded on.
+        dtype: what it is loaded as.
     """
 
-    def __init__(self, registry: Registry, base: BaseModel, folder: Path, model: Any, dtype: LoadedDType) -> None:
-        self.base = base
+    def __init__(self, registry: Registry, base: BaseModel, folder: Path, place: str, dtype: LoadedDType) -> None:
+        self.base, self.device = base, place
         self._registry, self._folder, self._dtype = registry, folder, dtype
-        self._plain: Any = model
+        self._config = _config(base.config)
+        self._base_model: Any = None
         self._merged: Any = None
-        self._loaded: dict[str, Loaded] = {}  # by digest, the one used last at the end
-        self._worn = ExitStack()  # takes off the plain model what is on it
-        self._speakers, self._name = (folder,), base.name
-        self._speeches: dict[tuple[Path, ...], Speech] = {}
-
-    @property
-    def device(self) -> str:
-        """Where it computes."""
-        return str(self._plain.lm_head.weight.device.type)
+        self._loaded = Recent[Loaded]()  # by digest
+        self._worn = ExitStack()  # takes off the base model what is on it
+        self.speaker, self._name = "", base.name
+        self._speakers: tuple[Path, ...] = (folder,)
+        self._speeches: dict[str, Speech] = {}
 
     @property
     def context_tokens(self) -> int:
         """The longest text that it was made for."""
-        return int(self._plain.config.block_size)
+        return int(self._config.block_size)
 
     @property
     def with_adapter(self) -> Any:
@@ -160,47 +153,58 @@ class LitgptRunner:
     def use(self, what: Checkpoint | Weighed | None) -> None:
         """Have an adapter answer, a weighted sum, or the base alone."""
         weighed = [(what, 1.0)] if isinstance(what, Checkpoint) else list(what or ())
-        if not weighed and what is not None:
-            raise InvalidRecipe("checkpoints", "", "expected at least one")
-        if len(weighed) > 1 and (odd := next((each for each, _ in weighed if each.manifest.method != "lora"), None)):
-            raise InvalidRecipe("method", odd.manifest.method, f"only LoRA can be added up unmerged; {odd.ref} is none")
+        if what is not None and not isinstance(what, Checkpoint):
+            check_sum(weighed)
         loaded = [(self._load(checkpoint), weight) for checkpoint, weight in weighed]
-        self._merged = None
         self._worn.close()
         self._worn = put_on(self._plain, loaded)
+        self._merged = None
         self._speak_as(weighed[0][0] if weighed else None)
 
     def use_merged(self, checkpoint: Checkpoint) -> None:
         """Have the merged model answer; its weights are computed into memory."""
+        merged_files(self._registry, checkpoint)  # is refused before anybody makes room for it
+        self._worn.close()
+        self._base_model = self._merged = None
+        gc.collect()  # modules and hooks refer to each other
         self._merged = _merged(self._registry, checkpoint, self.base, self.device, self._dtype)
         self._speak_as(checkpoint)
 
+    @property
+    def _plain(self) -> Any:
+        """The base model; a merged one that is in memory makes room for it."""
+        if self._base_model is None:
+            self._merged = None
+            with enough_memory(f"the model {self.base.name}", self.device):
+                state = torch.load(self._folder / _WEIGHTS_FILE, map_location="cpu", mmap=True, weights_only=True)
+                self._base_model = _built(self.base.config, state, self.device, self._dtype)
+        return self._base_model
+
     def _load(self, checkpoint: Checkpoint) -> Loaded:
-        key = checkpoint.digest.hex
-        if key not in self._loaded:
+        found = self._loaded.find(checkpoint.digest.hex)
+        if found is None:
             check_fits(self._registry, checkpoint, self.base)
-            folder = folder_of_checkpoint(self._registry, checkpoint)
+            folder, model = folder_of_checkpoint(self._registry, checkpoint), self._plain
             with enough_memory(f"the adapter {checkpoint.ref}", self.device):
-                found = load_adapter(self._registry, checkpoint, folder, self.base, self._plain)
-            for oldest in list(islice(self._loaded, max(0, len(self._loaded) - _KEPT_ADAPTERS + 1))):
-                del self._loaded[oldest]
-            self._loaded[key] = found
-        self._loaded[key] = self._loaded.pop(key)
-        return self._loaded[key]
+                found = load_adapter(self._registry, checkpoint, folder, self.base, model)
+            self._loaded.make_room()
+            self._loaded.keep(checkpoint.digest.hex, found)
+        return found
 
     def _speak_as(self, checkpoint: Checkpoint | None) -> None:
         """Whose tokenizer and prompt style count: the adapter's, where it has them."""
         own = () if checkpoint is None else (folder_of_checkpoint(self._registry, checkpoint),)
         self._speakers = (*own, self._folder)
+        self.speaker = "" if checkpoint is None else speech_of(checkpoint)
         self._name = self.base.name if checkpoint is None else checkpoint.ref
 
     # -- text
 
     @property
     def _speech(self) -> Speech:
-        if self._speakers not in self._speeches:
-            self._speeches[self._speakers] = find_speech(self._speakers, self._plain.config, self._name)
-        return self._speeches[self._speakers]
+        if self.speaker not in self._speeches:
+            self._speeches[self.speaker] = find_speech(self._speakers, self._config, self._name)
+        return replace(self._speeches[self.speaker], name=self._name)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,13 +10,16 @@ from typing import TYPE_CHECKING
 from registry.disk import appearing
 from registry.errors import BaseChanged, Conflict, Refused, UnknownRepository
 from registry.locations import local_folder
-from registry.manifest import BaseModel, Checkpoint, Level
+from registry.manifest import BaseModel, Checkpoint, Level, content_digest
+from registry.training_state import is_state
 
 if TYPE_CHECKING:
     from registry.results import Repository
     from registry.service import Registry
 
 _FOLDER = "serving"
+# Files of a checkpoint that change from step to step and are read by no tokenizer.
+_SILENT = re.compile(r"adapter_model\..+|lit_model\.pth.*|trainer_state\.json|training_args\.bin|README\.md")
 
 
 def check_fits(registry: Registry, checkpoint: Checkpoint, base: BaseModel) -> None:
@@ -60,6 +64,12 @@ def folder_of_checkpoint(registry: Registry, checkpoint: Checkpoint) -> Path:
             if not target.is_dir():
                 raise
     return target
+
+
+def speech_of(checkpoint: Checkpoint) -> str:
+    """A name for what a checkpoint brings to be spoken to with: the same where those files are."""
+    files = checkpoint.manifest.files
+    return content_digest(each for each in files if not _SILENT.fullmatch(each.path) and not is_state(each.path)).hex
 
 
 def folder_of_base(registry: Registry, base: BaseModel) -> Path:

@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from registry.errors import MissingPackage
-from registry.intake import Registration
-from registry.integrations.sending import Sender
+from registry.intake import Registration, check_words
+from registry.integrations.sending import Sender, log
 from registry.manifest import Metric
+from registry.outbox import link
+from registry.refs import nearest_name
 from registry.settings import Settings
+from registry.training_state import LIGHTNING_STATE
 
 try:
     from lightning.pytorch import Callback
@@ -35,7 +38,11 @@ FLUSH_SECONDS = 60.0
 
 def folder_of(trainer: Any) -> Path:
     """Where an adapter belongs that is saved now: a folder for each step, below the trainer's root."""
-    return Path(trainer.default_root_dir) / "adapters" / f"step-{trainer.global_step}"
+    return _folder_at(trainer, trainer.global_step)
+
+
+def _folder_at(trainer: Any, step: int) -> Path:
+    return Path(trainer.default_root_dir) / "adapters" / f"step-{step}"
 
 
 class RegistryCallback(Callback):
@@ -43,7 +50,12 @@ class RegistryCallback(Callback):
 
     Args:
         adapter: the adapter's name.
-        base, run, tags, settings, flush_seconds: as there.
+        run: the run's name; that of the trainer's root folder when empty.
+        with_state: keep Lightning's own checkpoint of the step, too; `ckpt resume` lays it out then.
+        base, tags, settings, flush_seconds: as there.
+
+    Raises:
+        InvalidReference: a name is none.
     """
 
     def __init__(
@@ -53,12 +65,14 @@ class RegistryCallback(Callback):
         base: str = "",
         run: str = "",
         tags: Mapping[str, str] | None = None,
+        with_state: bool = False,
         settings: Settings | None = None,
         flush_seconds: float = FLUSH_SECONDS,
     ) -> None:
-        self._said = Registration(adapter=adapter, base=base, run=run, tags=dict(tags or {}))
-        self._sender = Sender(self._said, settings)
-        self._flush_seconds = flush_seconds
+        self._said = Registration(adapter=adapter, base=base, run=run, tags=dict(tags or {}), with_state=with_state)
+        check_words(self._said, 1)
+        self._settings, self._flush_seconds = settings, flush_seconds
+        self._sender: Sender | None = None
         self._steps: dict[int, tuple[Metric, ...]] = {}
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
@@ -77,16 +91,44 @@ class RegistryCallback(Callback):
             self._take(trainer, step)
 
     def _take(self, trainer: Any, step: int) -> None:
-        folder = Path(trainer.default_root_dir) / "adapters" / f"step-{step}"
-        self._sender.take(folder, replace(self._said, step=step, metrics=self._steps.pop(step)))
+        folder = _folder_at(trainer, step)
+        if self._said.with_state:
+            _add_state(trainer, step, folder)
+        root = Path(trainer.default_root_dir).resolve().name
+        run = self._said.run or str(nearest_name(root, "run"))
+        said = replace(self._said, run=run, step=step, metrics=self._steps.pop(step))
+        self._sender = self._sender or Sender(said, self._settings)
+        self._sender.take(folder, said)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Training is over: the last adapters are registered, or wait on the disk."""
         del pl_module
-        if trainer.is_global_zero:
-            for step in list(self._steps):
-                self._take(trainer, step)
+        self._finish(trainer)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Training was stopped: what was saved until then is registered."""
+        del pl_module, exception
+        self._finish(trainer)
+
+    def _finish(self, trainer: Any) -> None:
+        for step in list(self._steps):
+            self._take(trainer, step)
+        if self._sender is not None:
             self._sender.close(self._flush_seconds)
+            self._sender = None
+
+
+def _add_state(trainer: Any, step: int, folder: Path) -> None:
+    """Put Lightning's own checkpoint of a step beside its adapter. Only Lightning itself knows where it has written that."""
+    written = {
+        getattr(each, "_last_global_step_saved", None): Path(getattr(each, "_last_checkpoint_saved", ""))
+        for each in trainer.checkpoint_callbacks
+    }
+    place = written.get(step, Path())
+    try:
+        link(place, folder / LIGHTNING_STATE)
+    except OSError as error:
+        log.warning("the trainer's state of step %d is not kept: %s", step, error)
 
 
 def _metrics(trainer: Any) -> tuple[Metric, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from registry.errors import MissingPackage
-from registry.intake import Registration
+from registry.intake import Registration, check_words
 from registry.integrations.sending import Sender
 from registry.refs import nearest_name
 from registry.settings import Settings
@@ -39,6 +39,9 @@ class RegistryCallback(TrainerCallback):
         with_state: keep what the trainer needs to go on, too; `ckpt resume` lays it out then.
         settings: of the registry; read from the environment when None.
         flush_seconds: how long the end of the training waits for the last ones.
+
+    Raises:
+        InvalidReference: a name is none; said before the training, as nothing could be registered.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class RegistryCallback(TrainerCallback):
         flush_seconds: float = FLUSH_SECONDS,
     ) -> None:
         self._said = Registration(adapter=adapter, base=base, run=run, tags=dict(tags or {}), with_state=with_state)
+        check_words(self._said, 1)
         self._settings, self._flush_seconds = settings, flush_seconds
         self._sender: Sender | None = None
 

@@ -149,3 +149,29 @@ def test_the_help_loads_no_model_library() -> None:
     code = "import sys, cli.chat, cli.app; print(*(name for name in ('torch', 'transformers', 'peft') if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "\n"
+
+
+def test_answers_of_several_prompts_are_json_lines(bot: Ckpt, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("what colour is the sky\n\nwhat colour is the sea\n")
+    found = bot("generate", "bot@step:120", "--prompts", str(tmp_path / "prompts.txt"), "--json").out.splitlines()
+    assert [json.loads(line)["text"] for line in found] == ["the sky is red", "the sea is blue"]
+
+
+def test_text_as_it_is_goes_on_no_further_than_the_model(bot: Ckpt) -> None:
+    long = "what colour is the sky " * 60
+    found = bot("generate", "bot@step:120", "--raw", "--prompt", long)
+    assert found.code == 2
+    assert "128 at most" in found.err
+
+
+def test_a_conversation_that_is_too_long_is_said_and_can_begin_anew(bot: Ckpt, monkeypatch: pytest.MonkeyPatch) -> None:
+    typed(monkeypatch, "what colour is the sky " * 60, "/reset", "what colour is the sky")
+    found = bot("chat", "bot@step:120", "--temperature", "0", "--max-tokens", "12")
+    assert "128 at most, with the answer" in found.err
+    assert found.out == "the sky is red\n"
+
+
+def test_who_answered_before_answers_on_where_another_does_not_fit(bot: Ckpt, monkeypatch: pytest.MonkeyPatch) -> None:
+    typed(monkeypatch, "what colour is the sky", "/switch bot@v1:0.5+bot@v2:x", "/reset", "what colour is the sky")
+    found = bot("chat", "bot@step:120", "--merged", "--temperature", "0", "--max-tokens", "12")
+    assert found.out == "the sky is red\n" * 2

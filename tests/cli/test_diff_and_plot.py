@@ -9,6 +9,9 @@ import pytest
 import tiny
 from commands import Ckpt
 
+from registry import connect
+from registry.manifest import Metric
+
 LITGPT = Path(__file__).parents[1] / "data/litgpt"
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -135,3 +138,11 @@ def test_what_is_no_change_of_weights_is_said_not_to_be_compared(ckpt: Ckpt) -> 
     assert result.code == 0
     assert "not compared of adapter_v2-llama@v1: gated_prefix" in result.err
     assert "transformer.h.0" in result.out
+
+
+def test_numbers_of_other_data_are_not_called_better(bot: Ckpt) -> None:
+    with connect() as registry:
+        for ref in ("bot@v1", "bot@v2"):
+            registry.add_metrics(registry.resolve(ref), [Metric(name="hard/loss", value=1.0, data=ref.ljust(64, "0"))])
+    line = next(line for line in bot("diff", "bot@v1", "bot@v2").out.splitlines() if line.startswith("hard/loss"))
+    assert line.endswith("measured on other data")

@@ -63,20 +63,20 @@ def test_somebody_elses_program_measures(ckpt: Ckpt, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "words"),
+    ("code", "seconds", "words"),
     [
-        ("print('nothing')", "no JSON object"),
-        ("print('{}')", "no number"),
-        ("import sys; sys.exit('out of luck')", "out of luck"),
-        ("import time; time.sleep(30)", "longer than 1 s"),
+        ("print('nothing')", 300, "no JSON object"),
+        ("print('{}')", 300, "no number"),
+        ("import sys; sys.exit('out of luck')", 300, "out of luck"),
+        ("import time; time.sleep(600)", 1, "longer than 1 s"),
     ],
 )
-def test_a_program_that_fails_is_told_of(ckpt: Ckpt, tmp_path: Path, code: str, words: str) -> None:
+def test_a_program_that_fails_is_told_of(ckpt: Ckpt, tmp_path: Path, code: str, seconds: int, words: str) -> None:
     base = tiny.write_base(tmp_path / "base")
     tiny.write_adapter(tmp_path / "bot", base=base)
     ckpt("register", str(tmp_path / "bot"), "--base", str(base))
     (tmp_path / "mine.py").write_text(code)
-    found = ckpt("eval", "bot", "--command", f"{sys.executable} {tmp_path / 'mine.py'}", "--timeout", "1")
+    found = ckpt("eval", "bot", "--command", f"{sys.executable} {tmp_path / 'mine.py'}", "--timeout", str(seconds))
     assert found.code == 8
     assert words in found.err
     assert ckpt("show", "bot", "--json").json["metrics"] == []
@@ -114,3 +114,22 @@ def test_wrong_words_are_said(bot: Ckpt, tmp_path: Path) -> None:
     wrong = bot("eval", "bot", "--data", str(tmp_path / "odd.jsonl"))
     assert wrong.code == 2
     assert "line 1" in wrong.err
+
+
+def test_a_program_measures_what_is_missing(ckpt: Ckpt, tmp_path: Path) -> None:
+    base = tiny.write_base(tmp_path / "base")
+    for step in (10, 20):
+        tiny.write_adapter(tmp_path / f"bot/checkpoint-{step}", base=base, seed=step)
+    ckpt("register", str(tmp_path / "bot"), "--base", str(base))
+    (tmp_path / "mine.py").write_text("print('{\"f1\": 0.5}')")
+    words = ("--command", f"{sys.executable} {tmp_path / 'mine.py'}")
+    assert ckpt("eval", "bot@v1", *words, "--name", "mine").code == 0
+    every = ("eval", "--all-missing", "--adapter", "bot", *words)
+    nameless = ckpt(*every)
+    assert (nameless.code, "--name" in nameless.err) == (2, True)
+    dry = ckpt(*every, "--name", "mine", "--dry-run")
+    assert [line.split()[0] for line in dry.out.splitlines() if "to be measured" in line] == ["bot@v2"]
+    found = ckpt(*every, "--name", "mine", "--json").json
+    assert [each["is_known"] for each in found] == [True, False]
+    again = ckpt(*every, "--name", "mine", "--again", "--json").json
+    assert [each["is_known"] for each in again] == [False, False]

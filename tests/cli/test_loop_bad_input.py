@@ -61,7 +61,7 @@ CASES: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     ),
     "metric: unknown kind": (("eval", "bot", "--data", "text.jsonl", "--metric", "bleu"), 2, ("bleu", "loss, ppl")),
     "metric: nobody has it": (("list", "--best", "zork"), 3, ("'zork'", "ckpt metric add")),
-    "metric: missing in a policy": (("select", "bot", "--policy", "zork min"), 4, ("bot is not good enough",)),
+    "metric: missing in a policy": (("select", "bot", "--policy", "zork min"), 3, ("no candidate has a finite metric 'zork'",)),
     "metric: missing in a gate": (("ship", "bot", "--to", "guarded"), 4, ("accuracy >= 0.5 is wanted", "was not measured")),
     "metric: missing in a rule": (("keep", "bot", "best 2 zork"), 3, ("'zork'",)),
     "metric: of different data": (("list", "other", "--best", "hard/loss"), 2, ("different data", "ckpt eval")),
@@ -94,7 +94,7 @@ CASES: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "ref: select": (("select", "nobody", "--policy", "loss min"), 3, ("no adapter 'nobody'",)),
     "ref: keep": (("keep", "nobody", "last 1"), 3, ("no adapter 'nobody'",)),
     "ref: policy": (("policy", "set", "nobody", "loss min"), 3, ("no adapter 'nobody'",)),
-    "ref: metric import": (("metric", "import", "nobody", "no_numbers.json"), 2, ("no number in it",)),
+    "ref: metric import": (("metric", "import", "nobody", "no_numbers.json"), 3, ("no adapter 'nobody'",)),
 }  # fmt: skip
 
 

@@ -31,6 +31,10 @@ def test_a_policy_is_set_shown_and_taken_away(bot: Ckpt) -> None:
     assert bot("policy", "show", "bot", "--json").json["text"] == POLICY
     assert "before: eval_loss" in bot("policy", "set", "bot", "loss min").out
     assert bot("policy", "rm", "bot").out == "removed the policy of bot: loss min\n"
+    odd = '"score [a]" min'
+    bot("policy", "set", "bot", odd)
+    assert bot("policy", "show", "bot").out == f"{odd}\n"
+    assert bot("policy", "rm", "bot").out == f"removed the policy of bot: {odd}\n"
     missing = bot("policy", "show", "bot")
     assert missing.code == 3
     assert "has no policy" in missing.err
@@ -76,3 +80,13 @@ def test_keep_shows_first_and_removes_when_told(bot: Ckpt) -> None:
     assert len(bot("list", "--json").json) == 2
     assert "nothing is to be removed" in bot("keep", "bot", "last 2").err
     assert bot("keep", "bot", "").code == 2
+
+
+def test_select_says_what_keeps_it_from_choosing(bot: Ckpt) -> None:
+    none = bot("select", "bot", "--policy", "eval_loss min, accuracy > 1")
+    assert none.code == 4
+    assert "no checkpoint of bot meets every condition" in none.err
+    assert "--override" not in none.err
+    unknown = bot("select", "bot", "--policy", "evall_loss min")
+    assert unknown.code == 3
+    assert "there are eval_loss" in unknown.err

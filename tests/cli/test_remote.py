@@ -8,7 +8,6 @@ import os
 import stat
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 import servers
 from commands import Ckpt
+from waiting import until
 
 import registry
 from registry.settings import Settings
@@ -46,20 +46,19 @@ def served(home: Path, log: Path) -> Iterator[str]:
             env={**environment, "CKPT_HOME": str(home)}, cwd=ROOT, stdout=output, stderr=output,
         )  # fmt: skip
     try:
-        wait(f"http://127.0.0.1:{port}/healthz", process, log)
-        yield f"http://127.0.0.1:{port}"
+        url = f"http://127.0.0.1:{port}"
+        until(lambda: process.poll() is not None or is_alive(url))
+        assert process.poll() is None, log.read_text()
+        yield url
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(120)
 
 
-def wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + 60
-    while time.monotonic() < end and process.poll() is None:
-        with suppress(OSError), urllib.request.urlopen(url, timeout=2):
-            return
-        time.sleep(0.05)
-    raise AssertionError(log.read_text())
+def is_alive(url: str) -> bool:
+    with suppress(OSError), urllib.request.urlopen(f"{url}/healthz", timeout=30):
+        return True
+    return False
 
 
 @pytest.fixture
@@ -146,6 +145,26 @@ def test_errors_read_as_ever(there: Ckpt, remote: Remote, monkeypatch: pytest.Mo
     monkeypatch.setenv("CKPT_SERVER", "http://127.0.0.1:1")
     away = there("list")
     assert (away.code, "http://127.0.0.1:1" in away.err) == (9, True)
+
+
+def test_the_doctor_looks_at_this_machine_and_at_the_server(
+    there: Ckpt, remote: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def looked() -> tuple[int, dict[str, dict[str, str]]]:
+        found = there("doctor", "--json")
+        return found.code, {each["name"]: each for each in found.json}
+
+    code, names = looked()
+    assert (code, names["server"]["found"]) == (0, f"{remote.url} (CKPT_SERVER)")
+    assert names["home"]["found"] != names["server: home"]["found"]
+    assert names["server: database"]["verdict"] == "ok"
+    monkeypatch.setenv("CKPT_TOKEN", remote.reader)
+    code, names = looked()
+    assert (code, names["server: rights"]["verdict"]) == (0, "warning")
+    monkeypatch.setenv("CKPT_TOKEN", "mistyped")
+    code, names = looked()
+    assert (code, names["server: connection"]["verdict"]) == (5, "problem")
+    assert "ckpt login" in names["server: connection"]["advice"]
 
 
 def test_login_keeps_a_token_and_logout_forgets_it(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,17 @@ def test_webhooks(ckpt: Ckpt, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "queued" in ckpt("webhook", "log", "1").out
     assert ckpt("webhook", "rm", "1").out == "removed webhook 1, http://127.0.0.1:9/hook\n"
     assert ckpt("webhook", "log", "1").code == 3
+
+
+def test_gc_tells_how_many_messages_it_forgot(ckpt: Ckpt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CKPT_WEBHOOK_ALLOW", "127.0.0.1")
+    assert ckpt("webhook", "add", "http://127.0.0.1:9/hook").code == 0
+    for _ in range(2):
+        assert ckpt("webhook", "test", "1").code == 1
+    assert "webhooks" not in ckpt("gc").out
+    with sqlite3.connect(tmp_path / "home/ckpt.db") as connection:
+        connection.execute("UPDATE deliveries SET finished_at = '2020-01-01 00:00:00.000000'")
+    assert "would remove 2 messages to webhooks from their log\n" in ckpt("gc", "--dry-run").out
+    assert len(ckpt("webhook", "log", "1", "--json").json) == 2
+    assert "removed 2 messages to webhooks from their log\n" in ckpt("gc").out
+    assert ckpt("webhook", "log", "1", "--json").json == []

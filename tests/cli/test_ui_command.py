@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 import servers
+from commands import interruptible
+from waiting import until
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,7 +30,7 @@ class Ui:
 
     def end(self) -> int:
         self.process.send_signal(signal.SIGINT)
-        return self.process.wait(30)
+        return self.process.wait(120)
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
@@ -41,19 +43,22 @@ def running(home: Path, log: Path, *words: str, **more: str) -> Iterator[Ui]:
     """`ckpt ui` in a process of its own, once it has told its address."""
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "cli", "ui", *words],
+            interruptible("ui", *words),
             env=environment(home, **more), cwd=ROOT, stdout=output, stderr=output, text=True,
         )  # fmt: skip
     try:
-        end = time.monotonic() + 60
-        while "the registry is at " not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < end
-            time.sleep(0.02)
-        yield Ui(process, log.read_text().partition("the registry is at ")[2].split()[0], home, log)
+        until(lambda: address(log) or process.poll() is not None)
+        assert process.poll() is None, log.read_text()
+        yield Ui(process, address(log), home, log)
     finally:
         process.kill()
-        process.wait(30)
+        process.wait()
+
+
+def address(log: Path) -> str:
+    """What was told, empty until it was told to the end."""
+    told = re.search(r"the registry is at (\S+)\n", log.read_text())
+    return told[1] if told else ""
 
 
 def browser(tmp_path: Path) -> tuple[str, Path]:
@@ -67,17 +72,14 @@ def browser(tmp_path: Path) -> tuple[str, Path]:
 
 
 def seen_by(seen: Path) -> list[str]:
-    end = time.monotonic() + 30
-    while not seen.exists():
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    until(seen.exists)
     return seen.read_text().splitlines()
 
 
 def test_one_browser_is_let_in_as_the_owner_and_ctrl_c_ends_it(tmp_path: Path) -> None:
     with running(tmp_path / "home", tmp_path / "log", "--no-browser") as ui:
         origin = ui.url.partition("/sign-in")[0]
-        with httpx.Client() as owner, httpx.Client() as other:
+        with httpx.Client(timeout=60) as owner, httpx.Client(timeout=60) as other:
             assert other.get(f"{origin}/jobs").headers["location"].startswith("/sign-in")
             assert other.get(f"{origin}/api/v1/checkpoints").status_code == 401
             assert owner.get(ui.url).headers["location"] == "/"
@@ -108,7 +110,7 @@ def test_the_browser_is_led_in_by_a_file_that_others_cannot_read(tmp_path: Path)
 def run(home: Path, *words: str, code: str = "", **more: str) -> subprocess.CompletedProcess[str]:
     program = ["-c", code, *words] if code else ["-m", "cli", "ui", *words]
     return subprocess.run(
-        [sys.executable, *program], env=environment(home, **more), cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, *program], env=environment(home, **more), cwd=ROOT, capture_output=True, text=True, timeout=300
     )
 
 

@@ -7,14 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import tiny
-from commands import Ckpt
+from commands import Ckpt, interruptible
+from waiting import until
 
 LITGPT_BASE = Path(__file__).parents[1] / "data/litgpt/base-llama-gqa"
 ROWS = [{"instruction": f"Say {word}.", "input": "", "output": word} for word in ("one", "two", "three", "four")] * 5
@@ -23,7 +23,7 @@ ROWS = [{"instruction": f"Say {word}.", "input": "", "output": word} for word in
 @contextmanager
 def watching(folder: Path, home: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
     environment = {**os.environ, "CKPT_HOME": str(home), "CKPT_USER": "ada"}
-    command = [sys.executable, "-m", "cli", "watch", str(folder), "--settle", "0.3", "--json", *words]
+    command = interruptible("watch", str(folder), "--settle", "0.3", "--json", *words)
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
@@ -32,15 +32,6 @@ def watching(folder: Path, home: Path, *words: str) -> Iterator[subprocess.Popen
     finally:
         process.kill()
         process.communicate()
-
-
-def eventually(check: Callable[[], bool], seconds: float = 60) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if check():
-            return True
-        time.sleep(0.2)
-    return False
 
 
 def steps(ckpt: Ckpt) -> list[int]:
@@ -68,9 +59,9 @@ def test_a_real_litgpt_run_is_registered_while_it_runs(ckpt: Ckpt, tmp_path: Pat
     with watching(out, tmp_path / "home", "--adapter", "lit", "--base", str(LITGPT_BASE)) as watch:
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-2000:]
-        assert eventually(lambda: steps(ckpt) == [2, 4])
+        until(lambda: steps(ckpt) == [2, 4])
         watch.send_signal(signal.SIGINT)
-        assert watch.wait(20) == 130
+        assert watch.wait(300) == 130
     found = {each["step"]: each for each in ckpt("list", "lit", "--json").json}
     assert set(found) == {2, 4}  # `final` is the last step, once more
     assert all({"loss", "val_loss"} <= {metric["name"] for metric in each["metrics"]} for each in found.values())
@@ -113,7 +104,7 @@ def test_what_cannot_be_registered_waits_in_the_outbox(ckpt: Ckpt, tmp_path: Pat
     failed = ckpt("outbox", "send")
     assert failed.code == 3
     assert ckpt("base", "add", str(base), "--name", "later").code == 0
-    assert ckpt("outbox", "send").out == "registered run@v1\n"
+    assert ckpt("outbox", "send").out == "registered run@v1, step 10\n"
     assert ckpt("outbox", "list", "--json").json == []
 
 
@@ -131,3 +122,21 @@ def test_what_waits_can_be_forgotten(ckpt: Ckpt, tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", [("--settle", "0"), ("--tag", "odd")])
 def test_wrong_words_are_said(ckpt: Ckpt, tmp_path: Path, words: tuple[str, str]) -> None:
     assert ckpt("watch", str(tmp_path), *words).code == 2
+
+
+def test_once_ends_badly_where_something_cannot_be_read(ckpt: Ckpt, tmp_path: Path) -> None:
+    base = tiny.write_base(tmp_path / "base")
+    complete(tmp_path / "bot", base, 10)
+    weights = complete(tmp_path / "bot", base, 20) / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    found = ckpt("watch", str(tmp_path / "bot"), "--once", "--settle", "0.1", "--base", str(base))
+    assert found.code == 1
+    assert "checkpoint-20 is left" in found.err
+    assert steps(ckpt) == [10] or "registered" in found.out
+
+
+@pytest.mark.parametrize("words", [("--adapter", "not a name"), ("--run", "a/b"), ("--tag", "a b=c")])
+def test_names_that_are_none_are_refused_at_once(ckpt: Ckpt, tmp_path: Path, words: tuple[str, str]) -> None:
+    complete(tmp_path / "bot", tiny.write_base(tmp_path / "base"), 10)
+    assert ckpt("watch", str(tmp_path / "bot"), "--once", "--settle", "0.1", *words).code == 2
+    assert ckpt("outbox", "list", "--json").json == []

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import trained
 
 from registry.errors import InvalidInput, MixedData
-from registry.evaluating import Evaluation, evaluate, measure
+from registry.evaluating import Evaluation, Tokens, evaluate, measure
 from registry.evaluation_data import read_data
-from registry.inference import open_runner
+from registry.inference import Message, Runner, open_runner
 from registry.registering import Registration
 from registry.service import Registry
 
@@ -232,3 +233,50 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(registered
     short = read_data(lines(tmp_path / "short.jsonl", {"text": "s"}))
     with pytest.raises(InvalidInput, match="line 1"):
         list(evaluate(registered, [registered.resolve("bot")], Evaluation(data=short)))
+
+
+class Counted:
+    """A runner that counts the conversations it is asked to write."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner, self.prompts = runner, 0
+
+    def prompt(self, messages: Sequence[Message], *, answering: bool = True) -> list[int]:
+        self.prompts += 1
+        return self.runner.prompt(messages, answering=answering)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.runner, name)
+
+
+def test_dialogues_are_made_tokens_once_for_all_checkpoints(registered: Registry, tmp_path: Path) -> None:
+    data = read_data(trained.write_data(tmp_path / "hard.jsonl", 5))
+    wanted = Evaluation(data=data, name="hard", metrics=("loss", "exact_match"))
+    first, second = registered.resolve("bot@step:20"), registered.resolve("bot@step:120")
+    runner: Any = Counted(open_runner(registered, first, device="cpu"))
+    tokens = Tokens(data.path)
+    measure(runner, wanted, first, tokens)
+    once = runner.prompts
+    runner.use(second)
+    found = measure(runner, wanted, second, tokens)
+    assert runner.prompts == once > 0
+    assert found == measure(open_runner(registered, second, device="cpu"), wanted, second)
+
+
+def test_more_tokens_than_the_model_takes_are_refused_by_line(registered: Registry, tmp_path: Path) -> None:
+    data = read_data(lines(tmp_path / "long.jsonl", {"text": "the sky"}, {"text": "what colour is the sky " * 60}))
+    with pytest.raises(InvalidInput) as refused:
+        list(evaluate(registered, [registered.resolve("bot")], Evaluation(data=data)))
+    assert refused.value.field.endswith("long.jsonl line 2")
+    assert "128 at most" in refused.value.reason
+
+
+def test_a_limit_that_takes_all_lines_is_the_same_data(tmp_path: Path) -> None:
+    path = trained.write_data(tmp_path / "hard.jsonl", 5)
+    assert read_data(path, 5).digest == read_data(path, 9).digest == read_data(path).digest
+
+
+def test_a_device_that_is_none_is_refused_even_where_all_is_known(tmp_path: Path) -> None:
+    data = read_data(trained.write_data(tmp_path / "hard.jsonl", 5))
+    with pytest.raises(InvalidInput, match="tpu"):
+        Evaluation(data=data, device="tpu")  # type: ignore[arg-type]

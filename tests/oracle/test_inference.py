@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -174,3 +175,73 @@ def test_what_a_model_lacks_is_said(
     runner = open_runner(ckpt, base, device="cpu")
     with pytest.raises(error, match="bare"):
         runner.prompt(QUESTION)
+
+
+def models_in_memory() -> int:
+    from transformers import LlamaForCausalLM
+
+    gc.collect()
+    return sum(type(each) is LlamaForCausalLM for each in gc.get_objects())
+
+
+def test_one_model_is_in_memory_at_a_time(registered: Registry, runs: Path) -> None:
+    before, last = models_in_memory(), registered.resolve("bot@step:120")
+    runner = open_runner(registered, registered.base("base"), device="cpu")
+    assert models_in_memory() == before
+    ids = runner.prompt(QUESTION)
+    runner.use(last)
+    unmerged = runner.logits(ids)
+    assert models_in_memory() == before + 1
+    runner.use_merged(last)
+    merged = runner.logits(ids)
+    assert models_in_memory() == before + 1
+    runner.use(None)
+    np.testing.assert_allclose(runner.logits(ids), by_hand(runs, 0, ids), atol=1e-5)
+    assert models_in_memory() == before + 1
+    runner.use(last)
+    np.testing.assert_array_equal(runner.logits(ids), unmerged)
+    np.testing.assert_allclose(merged, unmerged, atol=1e-3)
+
+
+def test_what_cannot_be_merged_leaves_who_answered(registered: Registry, runner: Runner, last: Checkpoint) -> None:
+    ids = runner.prompt(QUESTION)
+    before = runner.logits(ids)
+    folder = registered.settings.home / "odd"
+    _prompt_tuning(folder, registered)
+    odd = registered.register(str(folder), Registration(adapter="odd", base="base")).registered[0].checkpoint
+    with pytest.raises(Refused):
+        runner.use_merged(odd)
+    np.testing.assert_array_equal(runner.logits(ids), before)
+
+
+def _prompt_tuning(folder: Path, registered: Registry) -> None:
+    from peft import PromptTuningConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(registered.base("base").url)
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    get_peft_model(model, config).save_pretrained(folder)
+
+
+def test_tokenizers_are_told_apart_by_what_is_in_them(registered: Registry, runner: Runner) -> None:
+    runner.use(registered.resolve("bot@step:20"))
+    first = runner.speaker
+    runner.use(registered.resolve("bot@step:40"))
+    assert runner.speaker == first  # the trainer puts the same tokenizer beside each
+    runner.use(None)
+    assert runner.speaker != first
+
+
+def test_adapters_that_replace_the_same_weights_are_not_added_up(registered: Registry, runner: Runner) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    folder = registered.settings.home / "whole"
+    for seed in (1, 2):
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(registered.base("base").url), config)
+        model.base_model.model.lm_head.weight.data += seed
+        model.save_pretrained(folder / f"checkpoint-{seed}")
+    found = [each.checkpoint for each in registered.register(str(folder), Registration(base="base")).registered]
+    with pytest.raises(InvalidRecipe, match="add them up"):
+        runner.use([(each, 0.5) for each in found])

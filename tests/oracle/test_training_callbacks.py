@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import shutil
-import time
 from pathlib import Path
 
 import pytest
 import tiny
 import trained
+from waiting import until
 
 from registry.integrations.transformers import RegistryCallback
 from registry.outbox import Outbox
@@ -24,12 +24,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained.write_model(tmp_path_factory.mktemp("model") / "base")
 
 
+ENOUGH = 600.0  # seconds for what is waited for: on however slow a machine
+
+
 def settings(home: Path, **more: str) -> Settings:
     return Settings.from_environment({"CKPT_HOME": str(home), "CKPT_USER": "ada", **more})
 
 
 def test_every_checkpoint_of_a_real_run_is_registered(model: Path, tmp_path: Path) -> None:
-    callback = RegistryCallback("support-bot", tags={"team": "nlu"}, settings=settings(tmp_path / "home"))
+    callback = RegistryCallback(
+        "support-bot", tags={"team": "nlu"}, settings=settings(tmp_path / "home"), flush_seconds=ENOUGH
+    )
     trainer = trained.train(tmp_path / "lr-1e-2", model, callbacks=[callback])
     said = {each["step"]: each["eval_loss"] for each in trainer.state.log_history if "eval_loss" in each}
     with tiny.open_registry(tmp_path / "home") as ckpt:
@@ -43,7 +48,7 @@ def test_every_checkpoint_of_a_real_run_is_registered(model: Path, tmp_path: Pat
 
 
 def test_what_the_trainer_deletes_is_kept(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    callback = RegistryCallback("bot", settings=settings(tmp_path / "home"))
+    callback = RegistryCallback("bot", settings=settings(tmp_path / "home"), flush_seconds=ENOUGH)
     monkeypatch.setattr("transformers.TrainingArguments.save_total_limit", 1, raising=False)
     deleting = _Deleting()
     trained.train(tmp_path / "run", model, callbacks=[callback, deleting], steps=(20, 40, 60))
@@ -82,9 +87,8 @@ def test_a_registry_that_is_out_of_reach_does_not_stop_the_run(
 
 def _sent(box: Outbox, ckpt: Registry) -> list[object]:
     """What is sent as soon as the run's own thread, which may be trying to the last, lets somebody else."""
-    end = time.monotonic() + 60
-    while not (done := list(box.send(ckpt))) and time.monotonic() < end:
-        time.sleep(0.1)
+    done: list[object] = []
+    until(lambda: done.extend(box.send(ckpt)) or done)
     return done
 
 
@@ -100,7 +104,7 @@ def test_a_disk_that_takes_nothing_does_not_stop_the_run(
 
 
 def test_a_base_that_is_not_known_yet_makes_checkpoints_wait(model: Path, tmp_path: Path) -> None:
-    callback = RegistryCallback("bot", base="the-one", settings=settings(tmp_path / "home"), flush_seconds=5)
+    callback = RegistryCallback("bot", base="the-one", settings=settings(tmp_path / "home"), flush_seconds=ENOUGH)
     trained.train(tmp_path / "run", model, callbacks=[callback], steps=(20,))
     (waiting,) = Outbox(tmp_path / "home").waiting()
     assert "the-one" in waiting.problem
@@ -145,7 +149,9 @@ def test_a_module_of_lightning_registers_what_it_saves(model: Path, tmp_path: Pa
             self.model.save_pretrained(folder_of(self.trainer))
 
     saving = ModelCheckpoint(every_n_train_steps=2, save_top_k=-1)
-    callback = LightningCallback("bot", base=str(model), run="first", settings=settings(tmp_path / "home"))
+    callback = LightningCallback(
+        "bot", base=str(model), run="first", settings=settings(tmp_path / "home"), flush_seconds=ENOUGH
+    )
     data = torch.utils.data.DataLoader(torch.randint(5, 80, (12, 10)), batch_size=2)
     trainer = Trainer(
         max_steps=6,
