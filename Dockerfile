@@ -11,7 +11,8 @@ ENV PATH=/opt/ckpt/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 COPY constraints.txt ./
 ARG TORCH_INDEX_URL=
-RUN pip install -c constraints.txt ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch
+# Alone: what it needs comes from PyPI below, of the versions that are asked for; PyTorch's own place does not keep all of them.
+RUN pip install -c constraints.txt --no-deps ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch
 COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY migrations migrations
 COPY registry registry

@@ -15,9 +15,9 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from registry.db.blobs import Blobs
-from registry.db.schema import prepare, reading, upgrade, writing
+from registry.db.schema import open_engine, prepare, reading, upgrade, writing
 from registry.db.transfer import bases_elsewhere, check_target, copy_rows, row_count
-from registry.errors import DamagedBlob, InvalidInput
+from registry.errors import DamagedBlob, InvalidInput, PathNotFound
 from registry.manifest import FileEntry
 from registry.store import Store
 from registry.workspace import Progress, silent
@@ -62,6 +62,7 @@ def copy(source: Place, target: Place, backups: Path, progress: Progress = silen
 
     Raises:
         InvalidInput: source and target are the same.
+        PathNotFound: the source is a file that is not there.
         Conflict: the target is in use, or holds another registry.
         DatabaseVersion: the source has older or newer tables.
         DamagedBlob: a file of the source is missing, or is not what was recorded.
@@ -71,6 +72,7 @@ def copy(source: Place, target: Place, backups: Path, progress: Progress = silen
         raise InvalidInput(
             "target", target.store_url, "both its database and its store must be others than the source's"
         )
+    _see_it_is_there(source.database_url)
     upgrade(target.database_url, backups)
     with _opened(source, backups) as read, _opened(target, backups) as write:
         with reading(read) as old, reading(write) as new:
@@ -84,6 +86,13 @@ def copy(source: Place, target: Place, backups: Path, progress: Progress = silen
                 rows = copy_rows(old, new, lambda table, count: progress(table, count, total))
             elsewhere = dict(bases_elsewhere(old))
     return Copied(rows=rows, blobs=len(entries), written=len(written), written_bytes=sum(written), elsewhere=elsewhere)
+
+
+def _see_it_is_there(database_url: str) -> None:
+    """SQLite would make an empty database of a mistyped path."""
+    url = open_engine(database_url).url
+    if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists():
+        raise PathNotFound(url.database or database_url)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from registry.errors import RegistryError
+from registry.errors import Forbidden, RegistryError
 from registry.locations import local_folder
 from registry.manifest import utc_now
 from registry.settings import CREDENTIALS_FILE, Settings
@@ -87,6 +87,17 @@ def diagnose_here(settings: Settings) -> list[Diagnosis]:
     ]
 
 
+def diagnose_from(settings: Settings, ask: Callable[[], Sequence[Diagnosis]]) -> list[Diagnosis]:
+    """What a client sees of its own machine, and what its server says of itself when it is asked, as far as the client may know."""
+    try:
+        there = ask()
+    except Forbidden as error:
+        there = [_warning("rights", explain(error).message, "an admin is told how the server is")]
+    except RegistryError as error:
+        there = [_failure("connection", error)]
+    return with_server(diagnose_here(settings), there)
+
+
 def with_server(here: Sequence[Diagnosis], there: Sequence[Diagnosis]) -> list[Diagnosis]:
     """A client's own view joined with its server's, whose names are told apart; two versions that differ are pointed out."""
     versions = {each.found for each in (*here, *there) if each.name == "ckpt-registry"}
@@ -103,9 +114,13 @@ def _looking(name: str, look: Callable[[], Iterable[Diagnosis]]) -> list[Diagnos
     try:
         found.extend(look())  # what was found before it failed is kept
     except RegistryError as error:
-        words = explain(error)
-        found.append(_problem(name, words.message, words.hint))
+        found.append(_failure(name, error))
     return found
+
+
+def _failure(name: str, error: RegistryError) -> Diagnosis:
+    words = explain(error)
+    return _problem(name, words.message, words.hint)
 
 
 # -- this machine

@@ -13,6 +13,14 @@ from registry.teamwork import Job, JobState
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
 
 
+class Unfollowed(KeyboardInterrupt):
+    """Somebody interrupted the following of a job, which goes on without them. Fields: `job`."""
+
+    def __init__(self, job: int) -> None:
+        super().__init__(f"job {job}")
+        self.job = job
+
+
 def follow(look: Callable[[int], Job], number: int, progress: Progress, source: str = "job") -> Job:
     """Look at a job again and again, until it is over.
 
@@ -24,8 +32,21 @@ def follow(look: Callable[[int], Job], number: int, progress: Progress, source: 
 
     Raises:
         Cancelled: it was stopped.
+        Unfollowed: an interrupt came, from the keyboard; the job is left alone.
         RegistryError: what the job itself raised.
     """
+    try:
+        job = _until_over(look, number, progress)
+    except KeyboardInterrupt as error:
+        raise Unfollowed(number) from error
+    if job.state is JobState.CANCELLED:
+        raise Cancelled(f"job {number}")
+    if job.error is not None:
+        raise from_document(job.error, f"{source} {number}")
+    return job
+
+
+def _until_over(look: Callable[[int], Job], number: int, progress: Progress) -> Job:
     told, pause = 0, _FIRST_PAUSE
     while True:
         job = look(number)
@@ -33,11 +54,6 @@ def follow(look: Callable[[int], Job], number: int, progress: Progress, source: 
             progress(job.what or job.kind, job.done_bytes - told, job.total_bytes)
             told = job.done_bytes
         if job.state.is_over:
-            break
+            return job
         time.sleep(pause)
         pause = min(pause * 1.3, _LONGEST_PAUSE)
-    if job.state is JobState.CANCELLED:
-        raise Cancelled(f"job {number}")
-    if job.error is not None:
-        raise from_document(job.error, f"{source} {number}")
-    return job

@@ -73,7 +73,10 @@ class S3Files:
         return _Upload(self, key or staging_key(), size_bytes, is_staged=not key)
 
     def replace(self, key: str, size_bytes: int) -> Upload:
-        """Start writing a file in place of one that may be there. `size_bytes` as for `upload`."""
+        """Start writing a file in place of one that may be there. `size_bytes` as for `upload`.
+
+        Nobody else writes it then: uploads in parts that others began and did not end, as when they were killed, are given up.
+        """
         return _Upload(self, key, size_bytes, replaces=True)
 
     def claim(self, key: str, data: bytes) -> bool:
@@ -158,12 +161,22 @@ class S3Files:
 
     def _uploads(self) -> Iterator[tuple[str, str, float]]:
         """Uploads in parts of ours that are not complete: name in the bucket, id, age in seconds. Those of others are none of our business."""
-        marks = {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}
         for folder in (STAGING, "blobs"):
-            for page in self._pages("list_multipart_uploads", marks, folder):
-                for found in page.get("Uploads", ()):
-                    if _OURS.fullmatch(found["Key"].removeprefix(self.at(""))):
-                        yield found["Key"], found["UploadId"], _age_seconds(found["Initiated"])
+            for found in self._incomplete(f"{folder}/"):
+                if _OURS.fullmatch(found["Key"].removeprefix(self.at(""))):
+                    yield found["Key"], found["UploadId"], _age_seconds(found["Initiated"])
+
+    def _incomplete(self, start: str) -> Iterator[Mapping[str, Any]]:
+        """Uploads in parts that are not complete, of all keys that begin so."""
+        marks = {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}
+        for page in self._following("list_multipart_uploads", marks, Prefix=self.at(start)):
+            yield from page.get("Uploads", ())
+
+    def give_up(self, key: str) -> None:
+        """Drop every upload in parts to a key."""
+        with suppress(OSError):  # who may not list them can still write; a rule of the bucket's then has to clear them
+            for found in [each for each in self._incomplete(key) if each["Key"] == self.at(key)]:
+                self.call("abort_multipart_upload", Key=found["Key"], UploadId=found["UploadId"])
 
     def _idle_seconds(self, key: str, upload: str) -> float:
         """How long ago an upload got its last part; forever where it has none."""
@@ -309,6 +322,8 @@ class _Upload:
 
     def _send(self) -> None:
         if not self._id:
+            if self._replaces:
+                self._files.give_up(self._key)
             self._id = self._files.call("create_multipart_upload", Key=self._files.at(self._key))["UploadId"]
         for part in [part for part in self._under_way if part.done()]:
             part.result()  # raises what became of it

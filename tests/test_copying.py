@@ -13,7 +13,7 @@ import tiny
 
 from registry import connect
 from registry.copying import Copied, Place, copy
-from registry.errors import Conflict, DamagedBlob, InvalidInput
+from registry.errors import Conflict, DamagedBlob, InvalidInput, PathNotFound
 from registry.manifest import Metric
 from registry.registering import Registration
 from registry.service import Registry
@@ -149,3 +149,10 @@ def test_progress_ends_with_all_bytes_and_all_rows(mine: Registry, other: Regist
     files = told.pop("files")
     assert files == totals.pop("files") == copied.written_bytes
     assert sum(told.values()) == sum(copied.rows.values()) == max(totals.values())
+
+
+def test_a_source_that_is_not_there_is_not_made(other: Registry, tmp_path: Path) -> None:
+    missing = Place(database_url=f"sqlite:///{tmp_path}/mistyped.db", store_url=(tmp_path / "store").as_uri())
+    with pytest.raises(PathNotFound):
+        copy(missing, place(other), tmp_path / "backups")
+    assert not (tmp_path / "mistyped.db").exists()

@@ -33,6 +33,7 @@ import registry
 from registry.registering import Registration
 from registry.settings import Settings
 
+os.cpu_count = lambda: 4  # each core in work takes its share of memory
 base, adapter, how, out = sys.argv[1:]
 with registry.connect(Settings.from_environment(os.environ)) as ckpt:
     ckpt.add_base(base, name="base", copy=how == "copied")
@@ -131,3 +132,18 @@ def test_what_lies_on_the_same_s3_is_copied_there(tmp_path: Path, s3: servers.Se
     assert into_store.files == outside.files == digests(base, adapter, tmp_path)
     assert max(into_store.sent_bytes, outside.sent_bytes) < 0.6 * size_bytes
     assert open_location(s3_url + "/out").files() == open_location(str(tmp_path / "out")).files()
+
+
+def test_what_a_killed_merge_had_sent_goes_when_it_is_done_again(
+    tmp_path: Path, s3: servers.Server, s3_url: str
+) -> None:
+    base = write_large_base(tmp_path / "base", unchanged=2)
+    adapter, system = write_large_adapter(tmp_path / "bot", base), servers.s3_filesystem(s3.port)
+    bucket = s3_url[5:]
+    for key in ("out/model.safetensors", "out/model.safetensors.mine"):
+        begun = system.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+        system.call_s3("upload_part", Bucket=bucket, Key=key, UploadId=begun["UploadId"], PartNumber=1, Body=b"sent")
+    made = merge(tmp_path / "home", s3, str(tmp_path / "store"), str(base), adapter, out=s3_url + "/out")
+    assert made.files == digests(base, adapter, tmp_path)
+    left = system.call_s3("list_multipart_uploads", Bucket=bucket).get("Uploads", ())
+    assert [upload["Key"] for upload in left] == ["out/model.safetensors.mine"]

@@ -16,6 +16,7 @@ from typing import Any
 
 import servers
 import yaml
+from throttle import Throttle, throttled
 
 ROOT = Path(__file__).parents[2]
 _VARIABLE = re.compile(r"\$\{(\w+)(?::([-?])([^}]*))?\}")
@@ -56,9 +57,10 @@ class Stack:
         self.services = read_compose({**secrets, "TORCH_INDEX_URL": "unused"})["services"]
         self.postgres: servers.Server | None = None
         self.s3: servers.Server | None = None
+        self.way_to_s3 = Throttle()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         (self.port,) = servers.free_ports(1)
-        self._places: dict[str, str] = {}
+        self._places = {"172.16.0.0/12": "127.0.0.1"}  # of containers' networks, where a proxy's requests come from
 
     # -- the servers that are not ours
 
@@ -85,12 +87,19 @@ class Stack:
         command = [_changed(word, own) for word in service["command"]]
         ports = [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-admin.port={admin}"]
         self.s3 = servers.start_weed([*command, *ports], folder, s3, service["environment"])
-        self._places["s3:8333"] = f"127.0.0.1:{s3}"
+
+    @contextmanager
+    def reaching_s3(self) -> Iterator[None]:
+        """Our services reach it through a proxy that can hold their requests."""
+        assert self.s3 is not None
+        with throttled(self.s3.port) as self.way_to_s3:
+            self._places["s3:8333"] = f"127.0.0.1:{self.way_to_s3.port}"
+            yield
 
     # -- ours
 
     def environment(self, name: str) -> dict[str, str]:
-        """What a service of ours has in its environment, with nothing of this process's registry."""
+        """What a service has in its environment, with nothing of this process's registry."""
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("CKPT_", "AWS_"))}
         wanted = {key: self._here(str(value)) for key, value in self.services[name]["environment"].items()}
         return {**kept, **wanted, "CKPT_HOME": str(self.folder / name), "PYTHONPATH": str(ROOT)}
@@ -105,7 +114,7 @@ class Stack:
         """A command within a service, as `docker compose exec`."""
         command = [sys.executable, "-m", "cli", *words]
         return subprocess.run(
-            command, env=self.environment(name), capture_output=True, text=True, timeout=120, check=False
+            command, env=self.environment(name), capture_output=True, text=True, timeout=600, check=False
         )
 
     def start(self, name: str) -> None:
@@ -127,7 +136,7 @@ class Stack:
         """End a service and wait for it."""
         process = self.processes.pop(name)
         process.send_signal(how)
-        return process.wait(60)
+        return process.wait(300)
 
     def log(self, name: str) -> str:
         """What a service said so far."""
@@ -136,8 +145,16 @@ class Stack:
     def health(self, name: str) -> list[str]:
         """The command of a service's health check, to be run here."""
         words = [self._here(str(word)) for word in self.services[name]["healthcheck"]["test"][1:]]
-        words = [word.replace("127.0.0.1:8000", f"127.0.0.1:{self.port}") for word in words]
-        return {"ckpt": [sys.executable, "-m", "cli"], "python": [sys.executable]}[words[0]] + words[1:]
+        places = {"127.0.0.1:8000": f"127.0.0.1:{self.port}", "127.0.0.1:8333": self._places["s3:8333"]}
+        for there, here in places.items():
+            words = [word.replace(there, here) for word in words]
+        ours = {"ckpt": [sys.executable, "-m", "cli"], "python": [sys.executable]}
+        return ours.get(words[0], words[:1]) + words[1:]
+
+    def is_healthy(self, name: str) -> bool:
+        """Whether a service passes its health check."""
+        command, environment = self.health(name), self.environment(name)
+        return subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0
 
     def _here(self, text: str) -> str:
         for there, here in self._places.items():
@@ -167,16 +184,18 @@ def running(folder: Path) -> Iterator[Stack]:
     try:
         stack.start_postgres()
         stack.start_s3()
-        stack.migrate()
-        for name in ("server", "worker-1", "worker-2"):
-            stack.start(name)
-        yield stack
+        with stack.reaching_s3():
+            stack.migrate()
+            for name in ("server", "worker-1", "worker-2"):
+                stack.start(name)
+            assert eventually(lambda: stack.is_healthy("server")), stack.log("server")
+            yield stack
     finally:
         stack.close()
 
 
-def eventually(check: Callable[[], bool], seconds: float = 60) -> bool:
-    """Whether something comes true in time."""
+def eventually(check: Callable[[], bool], seconds: float = 300) -> bool:
+    """Whether something comes true before it can be said that it never will."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if check():

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from typing import Any
 
 import compose
 import jsonschema
@@ -16,7 +17,7 @@ OURS = ("migrate", "server", "worker-1", "worker-2")
 
 
 @pytest.fixture(scope="module")
-def document() -> dict[str, object]:
+def document() -> dict[str, Any]:
     return dict(yaml.safe_load((compose.ROOT / "docker-compose.yml").read_text()))
 
 
@@ -49,6 +50,24 @@ def test_every_service_that_stays_has_a_health_check_and_keeps_its_data() -> Non
     assert all(services[name]["depends_on"]["migrate"] for name in OURS if name != "migrate")
 
 
+def test_the_image_is_made_here_and_never_looked_for_elsewhere(document: dict[str, Any]) -> None:
+    services = document["services"]
+    assert {services[name]["image"] for name in OURS} == {services["migrate"]["image"]}
+    assert {services[name]["pull_policy"] for name in OURS} == {"never"}
+    assert [name for name in OURS if "build" in services[name]] == ["migrate"]
+
+
+def test_a_database_that_is_being_set_up_is_not_taken_for_one_that_is_ready(document: dict[str, Any]) -> None:
+    """The image starts one on a socket, sets it up, and stops it again: only the last one listens on an address."""
+    assert "--host=127.0.0.1" in document["services"]["postgres"]["healthcheck"]["test"]
+
+
+def test_services_get_the_time_that_they_take_to_end(document: dict[str, Any]) -> None:
+    """A server waits for streams and then for work of its own; a worker has its grace."""
+    for name in ("server", "worker-1", "worker-2"):
+        assert int(document["services"][name]["stop_grace_period"].removesuffix("s")) >= 40, name
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_every_command_is_one_of_the_command_line(name: str) -> None:
     words = compose.read_compose(
@@ -64,6 +83,8 @@ def test_the_image_runs_without_rights_and_has_all_that_a_team_needs() -> None:
     assert last == ["USER ckpt"]
     assert lines.index("USER ckpt") > max(number for number, line in enumerate(lines) if line.startswith("RUN "))
     assert any('".[team]"' in line for line in lines)
+    (torch,) = [line for line in lines if line.endswith(" torch")]
+    assert "--no-deps" in torch  # PyTorch's own index has not the versions of everything else that are asked for
     copied = [
         word for line in lines if line.startswith("COPY ") and "--from" not in line for word in line.split()[1:-1]
     ]
