@@ -344,8 +344,8 @@ class InlineEngine:
         beside = threading.Thread(
             target=self._loop, args=(self._deliver, _DELIVER_SECONDS), name="webhooks", daemon=True
         )
-        self._threads.append(beside)
         beside.start()
+        self._threads.append(beside)  # for who stops it: only what has begun can be waited for
         self._loop(self._do_next, self._poll)
 
     def _take_lock(self) -> IO[bytes] | None:

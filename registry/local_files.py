@@ -82,13 +82,11 @@ class _Upload:
 
     def publish(self, key: str, size_bytes: int) -> None:
         blob = self._files.path(key)
-        if not holds(self._files, key, size_bytes):
+        if not (holds(self._files, key, size_bytes) and _renew(blob)):
             self._file.sync()
             make_folders(blob.parent)
             # Another process may have published the same bytes just now; replacing them by themselves harms nobody.
             self._files.path(self._key).replace(blob)
-        else:
-            os.utime(blob)  # so that its age says that somebody wants it again
         # Also for a blob that was there: its writer may not have come that far, and its folders may be as new.
         for folder in (blob.parent, blob.parent.parent, self._files.path("")):
             sync_folder(folder)
@@ -98,6 +96,15 @@ class _Upload:
             self._file.close()
         finally:
             self._files.delete(self._key)
+
+
+def _renew(blob: Path) -> bool:
+    """Let a blob's age say that somebody wants it again; False when it was swept since it was looked at."""
+    try:
+        os.utime(blob)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 @final

@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 import servers
 import tiny
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from merging import Bench
 
 from registry.db.schema import upgrade
 from registry.service import Registry
 
 # How long an example takes is the machine's affair. Where a change is judged, everybody must get the same examples; elsewhere, new ones.
-settings.register_profile("ckpt", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.register_profile(
+    "ckpt", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=bool(os.environ.get("CI"))
+)
 settings.load_profile("ckpt")
 
 

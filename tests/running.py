@@ -67,7 +67,7 @@ def serving(settings: Settings, listening: Listening | None = None) -> Iterator[
             for client in found.clients:
                 client.close()
             running.should_exit = True
-            thread.join(20)
+            thread.join(120)
             listener.close()
 
 

@@ -18,30 +18,40 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from secrets import token_hex
+from secrets import randbelow, token_hex
 from typing import Any
 
-START_SECONDS = 60.0
+START_SECONDS = 180.0
+_GIVEN_TO_ANYBODY = 32_768  # ports from here on, by Linux's own settings
 _KEY, _SECRET = "ckpttest", "ckptsecret123"
 # What tests write is not meant to outlast a power cut: syncing would only slow them down.
 _FAST = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
 
 
 def free_ports(count: int, *, twin: int = 0) -> list[int]:
-    """Ports of the loopback interface that are free now; with `twin`, so is the port that much higher."""
-    held: list[socket.socket] = []
+    """Ports of the loopback interface that are free and stay so; with `twin`, so is the port that much higher.
+
+    They are below those that the system gives to whoever asks for any: a client's connection could take one of those before its server does.
+    """
     found: list[int] = []
     while len(found) < count:
-        with suppress(OSError, OverflowError):
-            one = socket.create_server(("127.0.0.1", 0))
-            held.append(one)
-            port: int = one.getsockname()[1]
-            if twin:
-                held.append(socket.create_server(("127.0.0.1", port + twin)))
+        port = 1024 + randbelow(_GIVEN_TO_ANYBODY - twin - 1024)
+        if all(_is_free(each) for each in {port, port + twin}):
             found.append(port)
-    for each in held:
-        each.close()
     return found
+
+
+def _is_free(port: int) -> bool:
+    """Whether nobody listens there, and no other test process is about to: those have a socket for datagrams there until they end."""
+    mark = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    try:
+        mark.bind(("127.0.0.1", port))
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        mark.close()
+        return False
+    mark.detach()
+    return True
 
 
 def _user() -> tuple[str, ...]:
@@ -84,21 +94,38 @@ class Server:
     folder: Path
 
     def kill(self) -> None:
-        """As if somebody pulled the plug: the process and all that it started."""
-        for child in (*_descendants(self.process.pid), self.process.pid):
+        """As if somebody pulled the plug: the process and all that it started, and none of them is there any more afterwards."""
+        if self.process.poll() is not None:
+            return
+        self.process.send_signal(signal.SIGSTOP)  # so that it starts nothing more
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        started = _descendants(self.process.pid)
+        for child in started:
             with suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
+        self.process.kill()
         self.process.wait()
+        while not all(map(_has_ended, started)):  # PostgreSQL does not start again before
+            time.sleep(0.01)
 
 
 def _descendants(pid: int) -> list[int]:
     found: list[int] = []
     with suppress(FileNotFoundError):
         for task in Path(f"/proc/{pid}/task").iterdir():
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError, ProcessLookupError):
                 for child in map(int, (task / "children").read_text().split()):
                     found += [child, *_descendants(child)]
     return found
+
+
+def _has_ended(pid: int) -> bool:
+    """Also one that nobody has asked for how it ended."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return state in "ZX"
 
 
 # -- PostgreSQL

@@ -225,9 +225,9 @@ def test_like(pattern: str, text: str, expected: bool) -> None:
 
 def test_like_takes_no_exponential_time() -> None:
     hostile = parse_filter(f"tag.x like '{'%a' * 200}%b'")
-    begin = time.perf_counter()
+    begin = time.thread_time()
     assert not hostile.matches(checkpoint(tags={"x": "a" * 2000}))
-    assert time.perf_counter() - begin < 1
+    assert time.thread_time() - begin < 5
 
 
 @pytest.mark.parametrize(

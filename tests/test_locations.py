@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,9 +126,8 @@ def test_links_to_files_are_followed_and_links_to_folders_are_not(tmp_path: Path
 def test_what_is_not_a_file_does_not_count(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "device").symlink_to("/dev/zero")
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(tmp_path / "socket"))
-        assert open_location(str(tmp_path)).files() == {}
+    os.mknod(tmp_path / "socket", stat.S_IFSOCK | 0o600)  # which binding makes too, but only at the end of a short path
+    assert open_location(str(tmp_path)).files() == {}
 
 
 @pytest.mark.parametrize("name", [b"\xff", b"a\nb", b"a\\b", b"\x7f"])

@@ -393,7 +393,7 @@ def test_two_processes_lose_nothing(tmp_path: Path, run: Path, base: Path) -> No
     processes = [start(tmp_path / "home", run, other) for other in others]
     for process in processes:
         go(process)
-    printed = [process.communicate(timeout=60)[0] for process in processes]
+    printed = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     with tiny.open_registry(tmp_path / "home") as ckpt:
         assert whole(ckpt, tmp_path) == [

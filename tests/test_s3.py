@@ -129,7 +129,7 @@ def test_a_store_that_ignores_conditions_is_refused(s3: servers.Server, s3_url: 
 def test_a_clock_that_is_wrong_is_found(s3: servers.Server, s3_url: str) -> None:
     with behind(s3, lambda method, path: "late"):
         (finding,) = Store(s3_url + "/store").probe()
-    assert re.fullmatch(r"its clock is 1[12]\d s behind this machine's", finding)
+    assert re.fullmatch(r"its clock is 1\d\d s behind this machine's", finding)
 
 
 # Dead writers
@@ -156,7 +156,7 @@ def test_a_writer_killed_in_the_middle_leaves_no_blob(s3: servers.Server, s3_url
     assert child.stdout is not None
     assert child.stdout.readline() == "half\n"
     child.send_signal(signal.SIGKILL)
-    child.communicate(timeout=60)
+    child.communicate(timeout=300)
     system, bucket = servers.s3_filesystem(s3.port), s3_url[5:]
     others = ("store/blobs/notes", "store2/" + uploads(s3, s3_url)[0].partition("/")[2])
     for key in others:

@@ -107,6 +107,20 @@ def test_what_a_removed_checkpoint_alone_needed_goes(ckpt: Registry, bot: Checkp
     assert ckpt.register(bot.source).registered[0].checkpoint.ref == "bot@v2"
 
 
+def test_what_a_kept_recipe_is_made_of_stays_until_the_recipe_is_removed(
+    ckpt: Registry, bot: Checkpoint, tmp_path: Path
+) -> None:
+    other = register(ckpt, tmp_path, "two", seed=2)
+    saved = ckpt.save_recipe(ckpt.plan(bot, other))
+    with pytest.raises(InUse, match=saved.id):
+        ckpt.remove(bot)
+    assert ckpt.sweep(grace=NOW) == Swept()
+    ckpt.remove_recipe(saved.id)
+    assert ckpt.sweep(grace=NOW) == Swept()
+    ckpt.remove(bot)
+    assert ckpt.sweep(grace=NOW).blobs == len(digests(bot) - digests(other))
+
+
 def test_unneeded_blobs_wait_out_their_grace(ckpt: Registry, bot: Checkpoint) -> None:
     ckpt.remove(bot)
     waiting = Swept(marked=len(digests(bot)), marked_bytes=sum(entry.size_bytes for entry in bot.manifest.files))
@@ -133,9 +147,11 @@ def test_a_lease_holds_a_sweep_off_until_it_ends(ckpt: Registry, bot: Checkpoint
     ckpt.remove(bot)
     with ckpt.workspace.writing() as change:
         now = change.catalog.vitals.now()
-        change.catalog.leases.take("ada", digests(bot), now + timedelta(seconds=0.4))
+        change.catalog.leases.take("ada", digests(bot), now + DAY)
     assert ckpt.sweep(grace=NOW) == Swept()
-    time.sleep(0.5)
+    with ckpt.workspace.writing() as change:
+        change.catalog.leases.release("ada")
+        change.catalog.leases.take("ada", digests(bot), now)
     assert ckpt.sweep(grace=NOW).blobs == len(digests(bot))
 
 
@@ -295,14 +311,14 @@ def test_a_sweep_that_was_paused_does_not_delete_late(tmp_path: Path) -> None:
             time.sleep(0.3)
             assert waiting.is_alive()
             paused.kill()
-            waiting.join(30)
+            waiting.join(120)
         assert digests(registered[0]) <= blobs(ckpt)
         assert ckpt.sweep(grace=NOW) == Swept()
 
 
 @contextmanager
-def running(*works: Callable[[threading.Event], None]) -> Iterator[None]:
-    """Threads that work until the block ends; what they raise comes out of it."""
+def running(*works: Callable[[threading.Event], None]) -> Iterator[threading.Event]:
+    """Threads that work until the block ends; what they raise comes out of it. Gives what is set when one has failed."""
     done, failures = threading.Event(), list[Exception]()
 
     def work(do: Callable[[threading.Event], None]) -> None:
@@ -317,7 +333,7 @@ def running(*works: Callable[[threading.Event], None]) -> Iterator[None]:
     for thread in threads:
         thread.start()
     try:
-        yield
+        yield done
     finally:
         done.set()
         for thread in threads:
@@ -333,12 +349,13 @@ def test_sweeping_without_pause_and_grace_while_others_register_and_remove(opene
     with opener() as ckpt:
         ckpt.add_base(str(base))
     acknowledged: dict[str, Checkpoint] = {}
+    came, went, swept = list[Checkpoint](), list[Checkpoint](), list[Swept]()
 
     def sweep(done: threading.Event) -> None:
         with opener() as sweeping:
             while not done.is_set():
                 with suppress(Conflict):  # who records may just be finishing what another sweep has begun
-                    sweeping.sweep(grace=NOW)
+                    swept.append(sweeping.sweep(grace=NOW))
 
     def come_and_go(own: list[Path], seed: int) -> Callable[[threading.Event], None]:
         random = Random(seed)
@@ -348,15 +365,18 @@ def test_sweeping_without_pause_and_grace_while_others_register_and_remove(opene
                 while not done.is_set():
                     place = random.choice(own)
                     if place.name in acknowledged and random.random() < 0.6:
-                        ckpt.remove(acknowledged.pop(place.name))
+                        went.append(acknowledged.pop(place.name))
+                        ckpt.remove(went[-1])
                     else:
                         found = ckpt.register(str(place), Registration(base="base")).registered[0].checkpoint
                         acknowledged[place.name] = found
+                        came.append(found)
 
         return work
 
-    with running(sweep, come_and_go(places[:4], 1), come_and_go(places[4:], 2)):
-        time.sleep(float(os.environ.get("CKPT_SWEEP_SECONDS", "6")))
+    with running(sweep, come_and_go(places[:4], 1), come_and_go(places[4:], 2)) as done:
+        while not done.wait(0.05) and (len(came) < 24 or len(went) < 12 or sum(each.blobs for each in swept) < 24):
+            pass
     with opener() as ckpt:
         assert {each.ref for each in ckpt.checkpoints()} == {each.ref for each in acknowledged.values()}
         for each in acknowledged.values():

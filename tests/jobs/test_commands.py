@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from teams import fill, worker_thread
 
 from cli.app import main
 from registry.service import Registry
+from registry.teamwork import JobState
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -105,3 +107,29 @@ def test_what_makes_no_sense_is_refused(run: Run, tmp_path: Path, monkeypatch: p
     assert run("base", "add", str(tmp_path / "inputs" / "base"))[0] == 0
     assert run("register", str(tmp_path / "inputs" / "bot"))[0] == 0
     assert run("merge", "bot", "--detach")[0] == 2
+
+
+def test_an_interrupt_ends_the_watching_and_not_the_job(
+    run: Run, shared: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as keyboard:
+        keyboard.setattr(time, "sleep", interrupt)
+        code, _, talk = run("merge", "bot")
+    assert code == 130
+    assert "job 1 goes on" in talk
+    assert "ckpt jobs show 1 --follow" in talk
+    assert "ckpt jobs cancel 1" in talk
+    assert shared.job(1).state is JobState.QUEUED
+
+
+def test_what_cannot_be_done_with_a_job_is_said_in_its_words(run: Run, shared: Registry) -> None:
+    assert "`ckpt jobs list` shows" in run("jobs", "show", "7")[2]
+    run("merge", "bot", "--detach")
+    assert "it is queued: only what failed" in run("jobs", "retry", "1")[2]
+    with worker_thread(shared):
+        shared.follow_job(1)
+    assert "it has succeeded: only what failed" in run("jobs", "retry", "1")[2]
+    assert "it has succeeded" in run("jobs", "cancel", "1")[2]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import servers
 from teams import fill_large, team, texts, wait_until, worker_process
-from throttle import throttled
+from throttle import asks_from, nothing, throttled
 
 from registry.db.schema import upgrade
 
@@ -32,14 +32,14 @@ def test_a_worker_goes_on_when_its_database_is_back(tmp_path: Path, s3: servers.
         with team(tmp_path / "home", url, f"{s3_url}/store") as registry, throttled(s3.port) as throttle:
             fill_large(registry, tmp_path / "inputs")
             environment["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{throttle.port}"
-            throttle.bytes_per_second = 4 << 20
+            throttle.holds = asks_from(2 << 20)  # in the middle of a file
             with worker_process(environment, "--grace", "5", log=log) as worker:
                 job = registry.start("merge", {"checkpoints": ["bot"]})
-                wait_until(lambda: any(shard.done_bytes for shard in registry.job(job.id).shards), 60)
+                wait_until(lambda: any(shard.done_bytes for shard in registry.job(job.id).shards))
                 postgres.kill()
                 time.sleep(1.0)
                 postgres = servers.start_postgres(folder, postgres.port, options=DURABLE)
-                throttle.bytes_per_second = 0
+                throttle.holds = nothing
                 registry.follow_job(job.id)
                 assert worker.poll() is None
                 again = registry.start("verify_base", {"base": "base"})

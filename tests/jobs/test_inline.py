@@ -73,6 +73,15 @@ def test_stopping_without_grace_gives_back(ckpt: Registry, tmp_path: Path) -> No
     assert len(ckpt.merged()) == 1
 
 
+def test_an_engine_may_be_stopped_while_it_begins(ckpt: Registry) -> None:
+    for _ in range(3):
+        engine = InlineEngine(ckpt, poll_seconds=0.01)
+        engine.start()
+        while len(engine._threads) < 2:
+            pass
+        engine.stop(0.0)
+
+
 def test_a_job_under_way_is_cancelled_at_its_next_step(ckpt: Registry, tmp_path: Path) -> None:
     fill(ckpt, tmp_path / "inputs")
     job = ckpt.start("merge", {"checkpoints": ["bot"]})

@@ -94,11 +94,15 @@ class Client:
                 command, stdout=out, stderr=talk, env={**os.environ, **place.environment, "PYTHONWARNINGS": "error"}
             )
 
-    def wait_until_told(self, count: int = 1, seconds: float = 60) -> None:
+    @property
+    def is_there(self) -> bool:
+        return self.process.poll() is None
+
+    def wait_until_told(self, count: int = 1, seconds: float = 300) -> None:
         """Until it has been told so many things more."""
         wanted, end = self._lines() + count, time.monotonic() + seconds
         while self._lines() < wanted:
-            if self.process.poll() is not None or time.monotonic() > end:
+            if not self.is_there or time.monotonic() > end:
                 raise AssertionError(f"{self._out.name}: ended, or nothing in {seconds} s")
             time.sleep(0.02)
 
@@ -130,6 +134,13 @@ def start_worker(place: Place, name: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [sys.executable, "-m", "cli", "worker", *pace], stderr=talk, env={**os.environ, **place.environment}
         )
+
+
+def is_at_work(registry: Registry, worker: subprocess.Popen[bytes]) -> bool:
+    """Whether a worker has begun with something, or nothing is left to begin with."""
+    jobs = registry.jobs()
+    names = {shard.worker for job in jobs for shard in job.shards}
+    return any(name.endswith(f":{worker.pid}") for name in names) or all(job.state.is_over for job in jobs)
 
 
 @contextmanager
@@ -167,7 +178,7 @@ class Serving:
         command = [sys.executable, "-m", "cli", "serve", "--port", str(self._port)]
         with (self._inside.folder / "talk-server").open("ab") as talk:
             self.process = subprocess.Popen(command, stderr=talk, env={**os.environ, **self._inside.environment})
-        end = time.monotonic() + 30
+        end = time.monotonic() + 180
         while not self._is_ready():
             if self.process.poll() is not None or time.monotonic() > end:
                 raise AssertionError((self._inside.folder / "talk-server").read_text()[-4000:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from running import Server, serving, settings_of
 
+from registry.server.boundary import JsonLines
 from registry.service import Registry
 from registry.teamwork import Role
 
@@ -38,3 +40,21 @@ def bot(server: Server, adapter: Path, base: Path) -> str:
     """A checkpoint on the server, as it is asked for; its base model is called llama."""
     server.direct.add_base(str(base), name="llama")
     return server.direct.register(str(adapter)).registered[0].checkpoint.ref
+
+
+@pytest.fixture
+def lines() -> Iterator[list[str]]:
+    """What is written to the log, as it is written."""
+    found: list[str] = []
+
+    class Keeping(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(JsonLines().format(record))
+
+    logger, handler = logging.getLogger("ckpt"), Keeping()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield found
+    logger.removeHandler(handler)
+    logger.setLevel(level)

@@ -21,7 +21,7 @@ TEMPLATE = re.compile(r"\{(\w+)\}")
 
 @pytest.fixture
 def document(server: Server) -> dict[str, Any]:
-    found: dict[str, Any] = httpx.get(f"{server.url}/openapi.json").json()
+    found: dict[str, Any] = server.client().get(f"{server.url}/openapi.json").json()
     return found
 
 
@@ -76,6 +76,17 @@ def test_every_operation_tells_what_it_takes_and_gives(document: dict[str, Any])
         assert ("requestBody" in operation) == (
             method in ("post", "put") and not path.endswith(("/cancel", "/retry", "/test"))
         )
+
+
+def test_what_has_a_tag_may_be_unchanged_and_is_empty_then(server: Server, document: dict[str, Any], bot: str) -> None:
+    for method, path, operation in operations(document):
+        takes = {parameter["name"] for parameter in operation["parameters"]}
+        assert ("If-None-Match" in takes) == ("304" in operation["responses"]), (method, path)
+        assert "content" not in operation["responses"].get("304", {}), path
+    client = server.client("reader")
+    tag = client.get("/checkpoints").headers["ETag"]
+    unchanged = client.get("/checkpoints", headers={"If-None-Match": tag})
+    assert (unchanged.status_code, unchanged.content) == (304, b"")
 
 
 def test_every_schema_is_one(document: dict[str, Any]) -> None:
@@ -158,7 +169,7 @@ def test_answers_are_what_the_document_says(
 
 
 def test_the_page_shows_every_operation_and_loads_nothing(server: Server) -> None:
-    page = httpx.get(f"{server.url}/docs").text
+    page = server.client().get(f"{server.url}/docs").text
     for rule in RULES:
         assert f'id="{rule.name}"' in page
     assert "<script" not in page

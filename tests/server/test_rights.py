@@ -69,6 +69,7 @@ NEEDED = {
     "POST /signatures": "writer",
     "POST /keep": "writer",
     "POST /recipes": "writer",
+    "DELETE /recipes": "writer",
     "POST /shipments": "shipper",
     "POST /rollback": "shipper",
     "PUT /policy": "shipper",
@@ -167,7 +168,7 @@ def test_no_other_method_does_anything(server: Server) -> None:
 def test_what_needs_no_token_tells_nothing(server: Server, bot: str) -> None:
     digest = server.direct.resolve(bot).digest
     for path in OPEN:
-        answer = httpx.get(f"{server.url}{path}")
+        answer = server.client().get(f"{server.url}{path}")
         assert answer.status_code == 200
         assert bot not in answer.text
         assert digest.short not in answer.text
@@ -176,10 +177,10 @@ def test_what_needs_no_token_tells_nothing(server: Server, bot: str) -> None:
 def test_figures_are_for_this_machine_or_for_readers(server: Server) -> None:
     # as a proxy on the same machine passes on what others ask
     passed_on = {"X-Forwarded-For": "203.0.113.9"}
-    assert httpx.get(f"{server.url}/metrics").status_code == 200
-    assert httpx.get(f"{server.url}/metrics", headers=passed_on).status_code == 401
+    assert server.client().get(f"{server.url}/metrics").status_code == 200
+    assert server.client().get(f"{server.url}/metrics", headers=passed_on).status_code == 401
     reader = {**passed_on, "Authorization": f"Bearer {server.secrets['reader']}"}
-    assert httpx.get(f"{server.url}/metrics", headers=reader).status_code == 200
+    assert server.client().get(f"{server.url}/metrics", headers=reader).status_code == 200
 
 
 def test_until_there_is_a_token_the_machine_itself_may_do_everything(tmp_path: Path) -> None:

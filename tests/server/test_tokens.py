@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import pytest
 import servers
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import until
 
 from registry.access import is_well_formed, new_secret, parse_span, secret_sha256
 from registry.errors import InvalidInput, InvalidReference, NameTaken, Unauthenticated, UnknownToken
@@ -104,6 +106,14 @@ def test_names_of_tokens(ckpt: Registry) -> None:
     assert [event.action for event in ckpt.history()] == ["token.create"]
 
 
+def test_a_name_that_is_taken_is_told_by_name(ckpt: Registry) -> None:
+    ckpt.create_token("ada", Role.READER)
+    ckpt.revoke_token("ada")
+    with pytest.raises(NameTaken) as taken:
+        ckpt.create_token("ada", Role.ADMIN)
+    assert (taken.value.subject, taken.value.reason) == ("token ada", "there is, or was, one of this name")
+
+
 # -- the command line
 
 
@@ -142,14 +152,11 @@ def test_a_server_is_started_and_stopped(tmp_path: Path) -> None:
     process = subprocess.Popen(command, env=_environment(tmp_path), stderr=subprocess.PIPE, text=True)
     try:
         url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 60
-        while not _answers(f"{url}/readyz"):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        assert httpx.get(f"{url}/api/v1/me").json()["role"] == "admin"
+        until(lambda: process.poll() is not None or _answers(f"{url}/readyz"))
+        assert process.poll() is None
+        assert httpx.get(f"{url}/api/v1/me", timeout=60).json()["role"] == "admin"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) in (0, -signal.SIGTERM)
+        assert process.wait(120) in (0, -signal.SIGTERM)
         said = process.stderr.read() if process.stderr else ""
         assert "there is no token yet" in said
         assert '"route": "/me"' in said
@@ -162,7 +169,7 @@ def test_a_server_is_started_and_stopped(tmp_path: Path) -> None:
 
 def _answers(url: str) -> bool:
     try:
-        return httpx.get(url).is_success
+        return httpx.get(url, timeout=60).is_success
     except httpx.TransportError:
         return False
 
@@ -172,6 +179,21 @@ def test_a_server_is_not_started_where_it_would_let_everybody_in(ckpt_command: R
     assert refused.returncode == 2
     assert "only this machine" in refused.stderr
     assert ckpt_command("serve", CKPT_SERVER="http://127.0.0.1:1").returncode == 2
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
+def test_a_port_that_is_taken_is_told(ckpt_command: Run, host: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        ran = ckpt_command("serve", "--host", host, "--port", str(taken.getsockname()[1]))
+    assert ran.returncode == 2
+    assert "cannot listen there: Address already in use" in ran.stderr
+    assert "serving on" not in ran.stderr
+
+
+def test_an_address_of_another_machine_is_told(ckpt_command: Run) -> None:
+    for host in ("203.0.113.7", "nothing.invalid"):
+        ran = ckpt_command("serve", "--host", host, "--port", "8000")
+        assert (ran.returncode, "cannot listen there" in ran.stderr) == (2, True)
 
 
 def test_a_team_server_wants_its_tables(ckpt_command: Run, postgres: servers.Server) -> None:
