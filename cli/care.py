@@ -26,7 +26,10 @@ def gc(
     ] = "24h",
     unused: Annotated[
         str,
-        typer.Option(metavar="AGE", help="How long a serving engine's copy on this machine must not have been used."),
+        typer.Option(
+            metavar="AGE",
+            help="How long a copy on this machine, of what engines and `ckpt chat` read, must not have been used.",
+        ),
     ] = "30d",
     local: Annotated[bool, flag("--local", "Only the copies on this machine, for which no right is needed.")] = False,
     dry_run: Annotated[bool, flag("--dry-run", "Only say what would be removed.")] = False,
@@ -34,7 +37,7 @@ def gc(
 ) -> None:
     """Mark the files of the store that nothing needs, and remove those that were marked long enough ago. Safe while others work.
 
-    Messages to webhooks that arrived or failed 30 days ago are forgotten, and copies for serving engines removed that are used no more.
+    Messages to webhooks that arrived or failed 30 days ago are forgotten, and copies on this machine removed that are used no more.
     """
     waits, idle = parse.duration(grace), parse.duration(unused)
     with connect() as registry:
@@ -47,7 +50,7 @@ def gc(
     if swept is not None:
         _print_swept(swept, done, grace)
     if local or copies.copies:
-        output.print_line(f"{done} {copies.copies} copies for serving, {output.size(copies.copies_bytes)}")
+        output.print_line(f"{done} {copies.copies} copies on this machine, {output.size(copies.copies_bytes)}")
 
 
 def _print_swept(swept: Swept, done: str, grace: str) -> None:

@@ -1,4 +1,5 @@
-"""Copies of checkpoints on this machine, for engines that read a folder: one for each content, made once, and swept when they are used no more.
+"""Copies of checkpoints and base models on this machine, for what reads a folder: one for each content, made once, and swept when they are
+used no more.
 
 A copy's lock is shared by whoever uses it, and held alone by whoever makes or sweeps it. It goes with whoever dies.
 """
@@ -11,23 +12,25 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from registry.disk import Translating
-from registry.manifest import Checkpoint
+from registry.disk import Translating, appearing
+from registry.manifest import BaseModel, Checkpoint
 from registry.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from registry.results import Repository
     from registry.service import Registry
 
 UNUSED = timedelta(days=30)
 _FOLDER = "serving"
-_OURS = re.compile(r"\.?([0-9a-f]{64})(?:\..+)?")
+_OURS = re.compile(r"\.?([0-9a-f]{64}|base-[0-9a-f]{40})(?:\..+)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +49,29 @@ def used_copy(registry: Registry, checkpoint: Checkpoint, progress: Progress = s
         Changed: a file is not what was recorded.
         StorageFailed: the disk does not take it.
     """
-    folder = registry.settings.home / _FOLDER / checkpoint.digest.hex
+
+    def pull(folder: Path) -> None:
+        registry.pull(checkpoint, folder, progress)
+
+    with _used(registry.settings.home / _FOLDER / checkpoint.digest.hex, pull) as folder:
+        yield folder
+
+
+@contextmanager
+def used_copy_of_base(registry: Registry, base: BaseModel) -> Iterator[Path]:
+    """A folder with a base model's files, as `used_copy`.
+
+    Raises:
+        UnknownRepository: it is not there any more.
+        StorageFailed: the disk does not take it.
+    """
+    found = registry.repository(f"base-{base.digest.short}")
+    with _used(registry.settings.home / _FOLDER / f"base-{found.commit}", partial(_fetch, registry, found)) as folder:
+        yield folder
+
+
+@contextmanager
+def _used(folder: Path, make: Callable[[Path], object]) -> Iterator[Path]:
     while True:
         with _locked(folder, fcntl.LOCK_SH):
             if folder.is_dir():
@@ -56,7 +81,17 @@ def used_copy(registry: Registry, checkpoint: Checkpoint, progress: Progress = s
                 return
         with _locked(folder, fcntl.LOCK_EX):
             if not folder.is_dir():
-                registry.pull(checkpoint, folder, progress)
+                make(folder)
+
+
+def _fetch(registry: Registry, found: Repository, target: Path) -> None:
+    with appearing(target) as folder:
+        for file in found.files:
+            place = folder / file.path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with place.open("wb") as stream:
+                for piece in registry.read_file(found, file.path):
+                    stream.write(piece)
 
 
 def sweep_copies(home: Path, *, unused: timedelta = UNUSED, dry_run: bool = False) -> SweptCopies:

@@ -17,7 +17,7 @@ import pytest
 import tiny
 
 from registry.errors import Changed, StorageFailed
-from registry.local_copies import SweptCopies, sweep_copies, used_copy
+from registry.local_copies import SweptCopies, sweep_copies, used_copy, used_copy_of_base
 from registry.manifest import Checkpoint
 from registry.registering import Registration
 from registry.service import Registry
@@ -95,6 +95,18 @@ def test_what_nobody_has_used_for_a_while_goes(ckpt: Registry, bot: Checkpoint, 
     assert list(place(ckpt).iterdir()) == []
     assert sweep_copies(ckpt.settings.home) == NOTHING
     assert tiny.contents(copied(ckpt, bot)) == tiny.contents(adapter)
+
+
+def test_a_base_model_of_the_store_is_copied_and_goes_too(ckpt: Registry, base: Path) -> None:
+    kept = ckpt.add_base(str(base), name="kept", copy=True).base
+    with used_copy_of_base(ckpt, kept) as folder:
+        assert tiny.contents(folder) == tiny.contents(base)
+        make_old(folder, 31)
+        assert sweep_copies(ckpt.settings.home) == NOTHING
+    make_old(folder, 31)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    assert sweep_copies(ckpt.settings.home) == SweptCopies(copies=1, copies_bytes=size)
+    assert list(place(ckpt).iterdir()) == []
 
 
 def test_asking_for_it_and_reading_it_are_uses(ckpt: Registry, bot: Checkpoint) -> None:

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from registry.disk import appearing
-from registry.errors import BaseChanged, Conflict, Refused, UnknownRepository
+from registry.errors import BaseChanged, Refused, UnknownRepository
+from registry.local_copies import used_copy, used_copy_of_base
 from registry.locations import local_folder
 from registry.manifest import BaseModel, Checkpoint, Level, content_digest
 from registry.training_state import is_state
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from registry.results import Repository
     from registry.service import Registry
 
-_FOLDER = "serving"
 # Files of a checkpoint that change from step to step and are read by no tokenizer.
 _SILENT = re.compile(r"adapter_model\..+|lit_model\.pth.*|trainer_state\.json|training_args\.bin|README\.md")
 
@@ -56,14 +55,8 @@ def folder_of_checkpoint(registry: Registry, checkpoint: Checkpoint) -> Path:
         Changed: a file is not what was recorded.
         StorageFailed: the disk does not take it.
     """
-    target = registry.settings.home / _FOLDER / checkpoint.digest.hex
-    if not target.is_dir():
-        try:
-            registry.pull(checkpoint, target)
-        except Conflict:  # another process was faster
-            if not target.is_dir():
-                raise
-    return target
+    with used_copy(registry, checkpoint) as folder:
+        return folder  # what was used just now is not swept for long
 
 
 def speech_of(checkpoint: Checkpoint) -> str:
@@ -84,7 +77,8 @@ def folder_of_base(registry: Registry, base: BaseModel) -> Path:
     if folder is not None:
         _check_unchanged(registry, base)
         return folder
-    return _copied(registry, base)
+    with used_copy_of_base(registry, base) as copy:
+        return copy
 
 
 def _check_unchanged(registry: Registry, base: BaseModel) -> None:
@@ -93,22 +87,3 @@ def _check_unchanged(registry: Registry, base: BaseModel) -> None:
     _, changed = current_base(registry.workspace, base)
     if changed:
         raise BaseChanged(changed[0], str(base.digest), "another model's")
-
-
-def _copied(registry: Registry, base: BaseModel) -> Path:
-    found = registry.repository(f"base-{base.digest.short}")
-    target = registry.settings.home / _FOLDER / f"base-{found.commit}"
-    if target.is_dir():
-        return target
-    try:
-        with appearing(target) as folder:
-            for file in found.files:
-                place = folder / file.path
-                place.parent.mkdir(parents=True, exist_ok=True)
-                with place.open("wb") as stream:
-                    for piece in registry.read_file(found, file.path):
-                        stream.write(piece)
-    except Conflict:  # another process was faster
-        if not target.is_dir():
-            raise
-    return target

@@ -36,12 +36,12 @@ def test_gc_marks_first_and_says_when_it_removes(registered: Ckpt, tmp_path: Pat
 
 
 def test_gc_removes_copies_for_serving_that_nobody_uses(registered: Ckpt, tmp_path: Path) -> None:
-    assert registered("gc", "--local").out == "removed 0 copies for serving, 0 B\n"
+    assert registered("gc", "--local").out == "removed 0 copies on this machine, 0 B\n"
     copy = Path(registered("serve-config", "vllm", "support-bot@v1", "--json").json["served"][0]["source"])
-    assert registered("gc", "--local").out == "removed 0 copies for serving, 0 B\n"
+    assert registered("gc", "--local").out == "removed 0 copies on this machine, 0 B\n"
     would = registered("gc", "--unused", "0h", "--dry-run")
     assert would.out.splitlines()[0] == "would remove 0 files, 0 B"
-    assert would.out.splitlines()[1].startswith("would remove 1 copies for serving, ")
+    assert would.out.splitlines()[1].startswith("would remove 1 copies on this machine, ")
     assert copy.is_dir()
     swept = registered("gc", "--local", "--unused", "0h", "--json").json
     assert swept.keys() == {"copies", "copies_bytes"}
