@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from registry.db.catalog import Catalog
 from registry.db.listing import Scope
-from registry.errors import BelowPolicy
+from registry.errors import BelowPolicy, InvalidInput
 from registry.manifest import Checkpoint
 from registry.policies import failures, parse_policy
 from registry.refs import AdapterName
-from registry.retention import Kept, Retained, Rule, judge, parse_rule
+from registry.retention import Kept, Retained, judge, parse_rule
 from registry.workspace import Workspace
 
 
@@ -35,12 +35,12 @@ def check_good_enough(failed: list[str], checkpoint: Checkpoint, environment: st
 
 def keep(workspace: Workspace, adapter: str, text: str, *, dry_run: bool) -> Retained:
     """Remove the checkpoints of an adapter that a rule does not keep, or only say which; see `registry.service.Registry.keep`."""
-    rule, name = parse_rule(text), AdapterName.parse(adapter)
+    name = AdapterName.parse(adapter)
     if dry_run:
         with workspace.reading() as catalog:
-            return _retained(_judged(catalog, name, rule), is_done=False)
+            return _retained(_judged(catalog, name, text), is_done=False)
     with workspace.writing() as change:
-        found = _retained(_judged(change.catalog, name, rule), is_done=True)
+        found = _retained(_judged(change.catalog, name, text), is_done=True)
         for each in found.removed:
             change.catalog.checkpoints.remove(each)
         if found.removed:
@@ -48,13 +48,17 @@ def keep(workspace: Workspace, adapter: str, text: str, *, dry_run: bool) -> Ret
         return found
 
 
-def _judged(catalog: Catalog, adapter: AdapterName, rule: Rule) -> list[Kept]:
+def _judged(catalog: Catalog, adapter: AdapterName, text: str) -> list[Kept]:
     """Every checkpoint with the reasons to keep it; what only others need is kept for their sake."""
+    rule = parse_rule(text)
     checkpoints = catalog.checkpoints.passing(Scope(adapter))
     shipped = {each.checkpoint for each in catalog.shipments.all()} if rule.shipped else set()
+    judged = judge(rule, checkpoints, shipped)
+    if judged and not any(each.reasons for each in judged):  # a tag that is misspelt, steps that no run has
+        raise InvalidInput("rule", text, f"it keeps none of the {len(judged)} checkpoints of {adapter}")
     return [
         each if each.reasons else replace(each, reasons=tuple(catalog.checkpoints.uses(each.checkpoint)))
-        for each in judge(rule, checkpoints, shipped)
+        for each in judged
     ]
 
 

@@ -1022,7 +1022,7 @@ class Registry:
             dry_run: only say what would be removed.
 
         Raises:
-            InvalidInput: the rule is none.
+            InvalidInput: the rule is none, or keeps no checkpoint at all.
             UnknownAdapter: no adapter of this name.
             UnknownMetric, DirectionUnknown, MixedData: the best cannot be told.
         """

@@ -88,6 +88,15 @@ def test_a_dry_run_changes_nothing_and_then_the_rest_goes(run: Registry) -> None
     assert run.history()[-1].number == event.number
 
 
+@pytest.mark.parametrize("rule", ["tagged golden", "every 7 steps", "shipped"])
+def test_a_rule_that_would_keep_nothing_is_refused(run: Registry, rule: str) -> None:
+    run.set_alias(run.resolve("bot@v1"), "first")
+    for dry_run in (True, False):
+        with pytest.raises(InvalidInput, match="keeps none of the 5 checkpoints of bot"):
+            run.keep("bot", rule, dry_run=dry_run)
+    assert len(run.checkpoints("bot")) == 5
+
+
 def test_the_files_go_with_the_sweep(run: Registry) -> None:
     from datetime import timedelta
 

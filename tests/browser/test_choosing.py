@@ -6,7 +6,7 @@ import re
 
 import pytest
 import tiny
-from browsing import PHONE, WIDE, sign_in, visiting
+from browsing import PHONE, WIDE, drawn, sign_in, visiting
 from playwright.sync_api import Browser, BrowserContext, Page, Route, expect
 from visiting import Site
 
@@ -155,6 +155,7 @@ def test_long_names_and_notes_stay_within_the_page(browser: Browser, site: Site,
             f"/checkpoints?where=tag.tag1 = '{'v' * 60}' and step = {'1' * 60} and",
         ):
             page.goto(path)
+            drawn(page)
             if page.evaluate("document.documentElement.scrollWidth > innerWidth + 1"):
                 wide.append(path)
     assert wide == []

@@ -107,12 +107,13 @@ def test_a_recipe_is_kept_without_being_carried_out(ckpt: Registry, make: Maker,
 
 def test_a_recipe_is_kept_no_longer(ckpt: Registry, make: Maker) -> None:
     """What it needs stays as long as it is kept, and may go after that."""
-    one, other = make("math"), make("code")
+    one, other = make("math"), make("code", run="r", step=1)
+    make("code", run="r", step=2)
     saved = ckpt.save_recipe(ckpt.plan(one, other), "for later")
     (kept,) = ckpt.recipes()
     with pytest.raises(InUse, match=f"recipe {saved.id}"):
         ckpt.remove(other)
-    assert ckpt.keep("code", "tagged gold").removed == ()
+    assert ckpt.keep("code", "last 1").removed == ()
     assert ckpt.remove_recipe(saved.id) == kept
     assert ckpt.recipes() == []
     event = ckpt.history()[-1]
@@ -121,7 +122,7 @@ def test_a_recipe_is_kept_no_longer(ckpt: Registry, make: Maker) -> None:
     for gone in ("main", saved.commit):
         with pytest.raises(UnknownRepository):
             ckpt.repository(saved.id, gone)
-    assert ckpt.keep("code", "tagged gold", dry_run=False).removed == (other,)
+    assert ckpt.keep("code", "last 1", dry_run=False).removed == (other,)
     with pytest.raises(UnknownRecipe) as unknown:
         ckpt.remove_recipe(saved.id)
     assert unknown.value.name == saved.id
