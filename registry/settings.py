@@ -84,7 +84,7 @@ class Settings:
         return cls(
             home=home,
             database_url=choose("database_url", f"sqlite:///{quote(str(home / 'ckpt.db'))}"),
-            store_url=choose("store", (home / "store").as_uri()),
+            store_url=_store_url(choose("store", (home / "store").as_uri())),
             author=choose("user", "") or _login_name(),
             hub_cache=_hub_cache(environment),
             server=server,
@@ -93,6 +93,13 @@ class Settings:
             cache_bytes=_number("cache_bytes", choose("cache_bytes", str(CACHE_BYTES))),
             webhook_allow=tuple(part.strip() for part in choose("webhook_allow", "").split(",") if part.strip()),
         )
+
+
+def _store_url(text: str) -> str:
+    scheme, is_url, place = text.partition("://")
+    if is_url and scheme in ("s3", "s3a") and not place.strip("/"):
+        raise InvalidSetting("store", text, f"expected a bucket: {scheme}://BUCKET or {scheme}://BUCKET/FOLDER")
+    return text
 
 
 def _number(key: str, text: str) -> int:

@@ -71,6 +71,13 @@ def test_a_number_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
         settings(tmp_path, CKPT_CACHE_BYTES=text)
 
 
+@pytest.mark.parametrize("store", ["s3://", "s3:///", "s3a:///"])
+def test_a_store_on_s3_has_a_bucket(tmp_path: Path, store: str) -> None:
+    with pytest.raises(InvalidSetting, match="expected a bucket"):
+        settings(tmp_path, CKPT_STORE=store)
+    assert settings(tmp_path, CKPT_STORE="s3://bucket/team").store_url == "s3://bucket/team"
+
+
 def test_somebody_is_asking_even_without_a_name(tmp_path: Path) -> None:
     assert settings(tmp_path).author
 

@@ -48,7 +48,7 @@ def send_file(
         "Accept-Ranges": "bytes",
         "Cache-Control": "private, no-cache",
         "Vary": "Authorization",
-        "Content-Disposition": f"attachment; filename*=UTF-8''{quote(name, errors='surrogatepass')}",
+        "Content-Disposition": _disposition(name),
         **(extra or {}),
     }
     if is_among(quoted, asked.get("if-none-match", "")):
@@ -65,6 +65,12 @@ def send_file(
         return Response(status_code=status, headers=told, media_type=_BYTES)
     rest = pieces(start, end)
     return StreamingResponse(flowing(next(rest, b""), rest), status, told, _BYTES)
+
+
+def _disposition(name: str) -> str:
+    """How a file is to be called, also for those who read plain names only, as curl does."""
+    plain = "".join(each if " " <= each <= "~" and each not in '"\\' else "_" for each in name)
+    return f"attachment; filename*=UTF-8''{quote(name, errors='surrogatepass')}; filename=\"{plain}\""
 
 
 def _range(asked: Headers, tag: str, size: int) -> tuple[int, int] | None:

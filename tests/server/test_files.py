@@ -24,7 +24,9 @@ def test_a_file_is_its_exact_bytes(server: Server, bot: str, weights: bytes) -> 
     assert answer.content == weights
     assert answer.headers["Content-Length"] == str(len(weights))
     assert answer.headers["Content-Type"] == "application/octet-stream"
-    assert answer.headers["Content-Disposition"].startswith("attachment")
+    told = answer.headers["Content-Disposition"]
+    assert told.startswith("attachment; filename*=UTF-8''adapter_model.safetensors")
+    assert told.endswith('filename="adapter_model.safetensors"')
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
     assert f"blake3:{answer.headers['ETag'].strip(chr(34))}" == entries["adapter_model.safetensors"]["digest"]
     known = client.get("/file", params=asked(), headers={"If-None-Match": answer.headers["ETag"]})
