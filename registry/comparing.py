@@ -39,6 +39,23 @@ def place_of(name: str) -> tuple[int | None, str]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OfWeight:
+    """What is said of one weight of a model, by its name."""
+
+    name: str
+
+    @property
+    def layer(self) -> int | None:
+        """The number of its layer, if it is in one."""
+        return place_of(self.name)[0]
+
+    @property
+    def module(self) -> str:
+        """What it is called in its layer: `self_attn.q_proj`."""
+        return place_of(self.name)[1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Field:
     """A fact that is not the same on both sides."""
 
@@ -72,27 +89,16 @@ class MetricPair:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WeightPair:
+class WeightPair(OfWeight):
     """What the two do to one weight: `norms` ‖D‖ of each, `distance` ‖D_1 - D_2‖, `cosine` (None where one is zero), and `ranks`, the effective
     rank of each (None where a change is not low-rank). `problem` tells why a weight could not be compared; then the numbers are 0.
     """
 
-    name: str
     norms: tuple[float, float] = (0.0, 0.0)
     distance: float = 0.0
     cosine: float | None = None
     ranks: tuple[float | None, float | None] = (None, None)
     problem: str = ""
-
-    @property
-    def layer(self) -> int | None:
-        """The number of its layer, if it is in one."""
-        return place_of(self.name)[0]
-
-    @property
-    def module(self) -> str:
-        """What it is called in its layer: `self_attn.q_proj`."""
-        return place_of(self.name)[1]
 
     @property
     def relative(self) -> float:

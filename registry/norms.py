@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from registry.base_models import open_base
 from registry.changes import Change
-from registry.comparing import changes_of, place_of, problem_of, resolution_of, unchanged_base
+from registry.comparing import OfWeight, changes_of, problem_of, resolution_of, unchanged_base
 from registry.formats import read_adapter
 from registry.locations import Location
 from registry.manifest import Checkpoint
@@ -24,27 +24,16 @@ _KEPT_CHECKPOINTS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UpdateNorm:
+class UpdateNorm(OfWeight):
     """What a checkpoint does to one weight: `norm` is ‖D‖, `rms` that over the root of the weight's elements, so that weights of different
     sizes can be compared, `rank` the effective rank, None where the change is not low-rank. `problem` tells why it was not measured; then
     the numbers are 0.
     """
 
-    name: str
     norm: float = 0.0
     rms: float = 0.0
     rank: float | None = None
     problem: str = ""
-
-    @property
-    def layer(self) -> int | None:
-        """The number of its layer, if it is in one."""
-        return place_of(self.name)[0]
-
-    @property
-    def module(self) -> str:
-        """What it is called in its layer: `self_attn.q_proj`."""
-        return place_of(self.name)[1]
 
 
 # Of content alone, which never changes: whoever asks, in whichever registry, gets the same.

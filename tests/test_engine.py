@@ -17,6 +17,7 @@ import tiny
 import torch
 from blake3 import blake3
 from merging import assert_rounded_once, read_weights
+from mixed import COLUMNS, EMBEDDING, FIRST, IN_FIRST, NORM, RANK, SECOND, K, O, Q, V, base_tensors, factors
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -32,42 +33,6 @@ from registry.registering import Registration
 from registry.tensors import DType
 from registry.workspace import Progress, silent
 
-# More than a block of 4 MiB, and one row too many for two of them.
-ROWS, COLUMNS, RANK = 2049, 1024, 4
-Q, K, V, O = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkvo")  # noqa: E741
-EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
-
-
-def base_tensors() -> dict[str, Tensor]:
-    """One big weight and some small ones, in three dtypes; with a scalar, an empty tensor and integers."""
-    random = torch.Generator().manual_seed(0)
-    return {
-        EMBEDDING: torch.randn((ROWS + 200, COLUMNS), generator=random).bfloat16(),
-        Q: (torch.randn((ROWS, COLUMNS), generator=random) * 0.02).bfloat16(),
-        K: torch.randn((70, COLUMNS), generator=random),
-        V: torch.randn((1, COLUMNS), generator=random).half(),
-        O: torch.randn((COLUMNS, 3), generator=random),
-        NORM: torch.ones(COLUMNS),
-        "scalar": torch.tensor(2.0),
-        "empty": torch.empty((0, 3)),
-        "positions": torch.arange(5),
-    }
-
-
-def factors(scale: float = 0.05) -> dict[str, Tensor]:
-    random = torch.Generator().manual_seed(1)
-    found = {}
-    for name, tensor in base_tensors().items():
-        if name.endswith("_proj.weight"):
-            module = f"base_model.model.{name.removesuffix('.weight')}"
-            found[f"{module}.lora_A.weight"] = torch.randn((RANK, tensor.shape[1]), generator=random)
-            found[f"{module}.lora_B.weight"] = torch.randn((tensor.shape[0], RANK), generator=random) * scale
-    return found
-
-
-SHARDS = {"model-00001-of-00002.safetensors": (EMBEDDING, K, "scalar", "empty"), "model-00002-of-00002.safetensors": ()}
-FIRST, SECOND = SHARDS
-
 
 @final
 class Workbench:
@@ -77,7 +42,7 @@ class Workbench:
         self.folder, self.base, self.adapter = folder, folder / "base", folder / "adapter"
         self.registry = tiny.open_registry(folder / "home")
         self.base.mkdir()
-        first = {name: tensor for name, tensor in tensors.items() if name in SHARDS[FIRST]}
+        first = {name: tensor for name, tensor in tensors.items() if name in IN_FIRST}
         for file, part in ((FIRST, first), (SECOND, {n: t for n, t in tensors.items() if n not in first})):
             save_file(part, self.base / file, {"format": "pt"})
         weight_map = {name: FIRST if name in first else SECOND for name in tensors}
@@ -317,7 +282,7 @@ def test_an_adapter_that_does_nothing(make: Make, tmp_path: Path) -> None:
 
 def test_an_adapter_that_rounding_swallows(make: Make, tmp_path: Path) -> None:
     tensors = {name: torch.ones_like(tensor) for name, tensor in base_tensors().items()}
-    bench = make(tensors, factors(1e-9))
+    bench = make(tensors, factors(scale=1e-9))
     with pytest.raises(NothingMerged) as caught:
         bench.merge(tmp_path / "out")
     assert 0 < caught.value.largest_delta < 1e-7
@@ -325,7 +290,7 @@ def test_an_adapter_that_rounding_swallows(make: Make, tmp_path: Path) -> None:
 
 
 def test_a_delta_that_float16_cannot_hold(make: Make, tmp_path: Path) -> None:
-    bench = make(adapter=factors(1e5))
+    bench = make(adapter=factors(scale=1e5))
     with pytest.raises(NotFinite) as caught:
         bench.merge(tmp_path / "out")
     assert (caught.value.tensor, caught.value.dtype) == (V, "float16")

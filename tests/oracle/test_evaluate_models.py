@@ -4,37 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import trained
 
 from registry.errors import InvalidInput, MixedData
 from registry.evaluating import Evaluation, Tokens, evaluate, measure
 from registry.evaluation_data import read_data
 from registry.inference import Message, Runner, open_runner
-from registry.registering import Registration
 from registry.service import Registry
 
 pytestmark = pytest.mark.oracle
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    trained.train(folder / "bot", trained.write_model(folder / "base"))
-    return folder
-
-
-@pytest.fixture
-def registered(runs: Path, tmp_path: Path) -> Iterator[Registry]:
-    with tiny.open_registry(tmp_path / "home") as ckpt:
-        ckpt.add_base(str(runs / "base"), name="base")
-        ckpt.register(str(runs / "bot"), Registration(adapter="bot", base="base"))
-        yield ckpt
 
 
 def lines(path: Path, *examples: dict[str, object]) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,22 +18,6 @@ from registry.service import Registry
 
 pytestmark = pytest.mark.oracle
 QUESTION = [Message("user", "what colour is the sky")]
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base model and a LoRA trained on it."""
-    folder = tmp_path_factory.mktemp("trained")
-    trained.train(folder / "bot", trained.write_model(folder / "base"))
-    return folder
-
-
-@pytest.fixture
-def registered(runs: Path, tmp_path: Path) -> Iterator[Registry]:
-    with tiny.open_registry(tmp_path / "home") as ckpt:
-        ckpt.add_base(str(runs / "base"), name="base")
-        ckpt.register(str(runs / "bot"), Registration(adapter="bot", base="base"))
-        yield ckpt
 
 
 @pytest.fixture

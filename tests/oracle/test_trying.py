@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +26,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     trained.train(folder / "bot", trained.write_model(folder / "base"), steps=(20, 60))
     return folder
-
-
-@pytest.fixture
-def registered(runs: Path, tmp_path: Path) -> Iterator[Registry]:
-    with tiny.open_registry(tmp_path / "home") as ckpt:
-        ckpt.add_base(str(runs / "base"), name="base")
-        ckpt.register(str(runs / "bot"), Registration(adapter="bot", base="base"))
-        yield ckpt
 
 
 def logits(folder: Path, adapter: Path | None, ids: list[int]) -> np.ndarray:
