@@ -367,12 +367,24 @@ def show(figures: Sequence[Figure], counts: Sequence[int]) -> None:
     print(f"\np50 and p95; ! marks what takes more than {LIMIT_MS:.0f} ms or grows more than {LIMIT_GROWTH:.0f}x")
 
 
-def main() -> None:
-    """Measure, print a table, and write the figures down if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(
+    about: str | None = __doc__,
+    run: Callable[[str, int, int], list[Figure]] = run,
+    show: Callable[[Sequence[Figure], Sequence[int]], None] = show,
+    repeat: int = 40,
+) -> None:
+    """Measure, print a table, and write the figures down if asked to.
+
+    Args:
+        about: told by `--help`.
+        run: measures a kind of database with so many checkpoints, each figure so many times.
+        show: prints the figures.
+        repeat: how many times, unless told otherwise.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counts", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--databases", nargs="+", default=["sqlite", "postgresql"], choices=["sqlite", "postgresql"])
-    parser.add_argument("--repeat", type=int, default=40)
+    parser.add_argument("--repeat", type=int, default=repeat)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     figures = [

@@ -8,8 +8,6 @@ one client on the same machine has the whole page, in HTML; two visits before ar
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import sys
 import tempfile
@@ -24,7 +22,6 @@ from urllib.parse import urlencode
 import catalog
 import httpx
 from catalog import Figure, database, measure
-from measuring import machine
 
 from registry import Settings
 from registry.db.schema import open_engine, upgrade
@@ -121,22 +118,5 @@ def show(figures: Sequence[Figure], counts: Sequence[int]) -> None:
     print(f"\np50 and p95; ! marks what takes more than {LIMIT_MS:.0f} ms")
 
 
-def main() -> None:
-    """Measure, print a table, and write the figures down if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--counts", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--databases", nargs="+", default=["sqlite", "postgresql"], choices=["sqlite", "postgresql"])
-    parser.add_argument("--repeat", type=int, default=20)
-    parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
-    figures = [
-        figure for kind in asked.databases for count in asked.counts for figure in run(kind, count, asked.repeat)
-    ]
-    show(figures, asked.counts)
-    if asked.json:
-        rows = [{name: getattr(figure, name) for name in Figure.__slots__} for figure in figures]
-        asked.json.write_text(json.dumps({"machine": machine(), "figures": rows}, indent=2))
-
-
 if __name__ == "__main__":
-    main()
+    catalog.main(__doc__, run, show, repeat=20)
